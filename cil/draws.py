@@ -1,0 +1,47 @@
+"""Random numbers of which each sample of a batch has its own stream.
+
+A sample's draws are a function of its own key, e.g. (seed, position in the stream), so they are the same whatever
+batch, rank or worker the sample lands in.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def stream_seed(*key: int) -> int:
+    """A well-mixed 64-bit seed for the stream named by `key`."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+class Draws:
+    """One generator per sample; every draw has the batch as its first dimension."""
+
+    def __init__(self, keys: Sequence[tuple[int, ...]], device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._generators = [torch.Generator(self.device).manual_seed(stream_seed(*key)) for key in keys]
+
+    def __len__(self) -> int:
+        return len(self._generators)
+
+    def normal(self, *shape: int) -> Tensor:
+        return self._stack(lambda g: torch.randn(shape, generator=g, device=self.device))
+
+    def uniform(self, *shape: int) -> Tensor:
+        return self._stack(lambda g: torch.rand(shape, generator=g, device=self.device))
+
+    def integers(self, high: int) -> Tensor:
+        """One integer in 0..high-1 for each sample."""
+        return self._stack(lambda g: torch.randint(high, (), generator=g, device=self.device))
+
+    def _stack(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        return torch.stack([draw(g) for g in self._generators])
+
+
+def normal_like(x: Tensor, random: "torch.Generator | Draws | None") -> Tensor:
+    """Standard normal of x's shape [B, ...], on its device, from a generator or from per-sample draws."""
+    if isinstance(random, Draws):
+        return random.normal(*x.shape[1:]).to(x)
+    return torch.randn(x.shape, generator=random, device=x.device, dtype=x.dtype)

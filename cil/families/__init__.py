@@ -1,0 +1,18 @@
+"""The models that the pipeline can encode for, fine-tune and sample; everything peculiar to one stands in its file."""
+
+from importlib import import_module
+
+from cil.families.base import Family
+
+NAMES = ("toy",)
+
+
+def load(name: str, frames: int, height: int, width: int, preset: str) -> Family:
+    """The family of this name, for clips of this size."""
+    if name not in NAMES:
+        raise ValueError(f"family {name!r}: one of {', '.join(NAMES)}")
+    family: Family = import_module(f"cil.families.{name}").build(frames, height, width, preset)
+    return family
+
+
+__all__ = ["NAMES", "Family", "load"]

@@ -1,0 +1,75 @@
+"""What a family says of itself. Training, sampling, caching and scoring are written once, against this."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cil.conditioning import ConditioningNoise
+from cil.draws import Draws
+from cil.processes import VP, Prediction, per_sample
+
+Condition = dict[str, Tensor]
+
+
+class Family(ABC):
+    name: str
+    process: VP
+    prediction: Prediction
+    frames: int
+    height: int  # of the pixels
+    width: int
+
+    # -- what is frozen, and therefore cached ------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """T, C, H, W of one clip."""
+
+    @property
+    @abstractmethod
+    def encoder_identity(self) -> str:
+        """Changes whenever `encode` would give other latents for the same frames."""
+
+    @abstractmethod
+    def encode(self, frames: Tensor) -> dict[str, Tensor]:
+        """uint8 frames [B, T, H, W, 3] -> the cached tensors, among them `latents` [B, T, C, H, W]."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, T, C, H, W] -> uint8 frames [B, T, H, W, 3]."""
+
+    # -- the denoiser ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def network(self, seed: int) -> nn.Module:
+        """The denoiser with fresh weights, a function of the seed."""
+
+    @abstractmethod
+    def condition(
+        self, batch: Mapping[str, Tensor], noise: ConditioningNoise, u: Tensor, draws: Draws | None
+    ) -> tuple[Condition, Tensor]:
+        """The denoiser's condition, its image noised once (before any repeat over frames), and the noise level [B]."""
+
+    @abstractmethod
+    def denoise(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's answer, in the family's kind of prediction."""
+
+    def drop(self, condition: Condition, dropped: Tensor) -> Condition:
+        """The condition that guidance calls unconditional, where `dropped` [B] is true: zeros."""
+        return {name: value * per_sample(~dropped, value) for name, value in condition.items()}
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.float32)
+
+    # -- weights on disk ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def export(self, state: Mapping[str, Tensor]) -> dict[str, bytes]:
+        """A state dict -> the files of the family's published layout."""
+
+    @abstractmethod
+    def restore(self, files: Mapping[str, bytes]) -> dict[str, Tensor]:
+        """The inverse of `export`."""

@@ -1,0 +1,93 @@
+"""toy: the smallest honest image-to-video model, which a CPU trains in minutes.
+
+Latents are the four lowest coefficients of a 4x4 block DCT of the brightness: a fixed, invertible stand-in for a VAE that
+keeps most of the variance of smooth pictures. The image enters as a latent concatenated to every frame, as in
+DynamiCrafter and SVD.
+"""
+
+from collections.abc import Mapping
+
+import safetensors.torch
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from cil.conditioning import ConditioningNoise
+from cil.draws import Draws
+from cil.families.base import Condition, Family
+from cil.nets.toy import ToyNet
+from cil.processes import VP, Prediction
+
+BLOCK = 4
+FREQUENCIES = ((0, 0), (0, 1), (1, 0), (1, 1))
+SCALING_FACTOR = 1.0
+PRESETS = {"tiny": (8, 16), "small": (24, 48)}  # channels of the two levels
+
+
+class Toy(Family):
+    name = "toy"
+    prediction: Prediction = "x0"
+
+    def __init__(self, frames: int, height: int, width: int, preset: str) -> None:
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r}: the family toy has {', '.join(PRESETS)}")
+        if height % (2 * BLOCK) or width % (2 * BLOCK):
+            raise ValueError(f"{height}x{width}: the family toy takes multiples of {2 * BLOCK}")
+        self.process = VP()
+        self.frames, self.height, self.width, self.preset = frames, height, width, preset
+        i = torch.arange(BLOCK, dtype=torch.float64)
+        wave = torch.cos(torch.pi * (i + 0.5) * i[:2, None] / BLOCK) * (2 / BLOCK) ** 0.5
+        wave[0] /= 2**0.5
+        # orthonormal [4, BLOCK, BLOCK]
+        self.basis = torch.stack([torch.outer(wave[v], wave[h]) for v, h in FREQUENCIES]).float()
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        return self.frames, len(FREQUENCIES), self.height // BLOCK, self.width // BLOCK
+
+    @property
+    def encoder_identity(self) -> str:
+        return f"toy-dct{BLOCK}-scale{SCALING_FACTOR}"
+
+    def encode(self, frames: Tensor) -> dict[str, Tensor]:
+        grey = frames.float().mean(-1) / 127.5 - 1
+        blocks = rearrange(grey, "b t (h p) (w q) -> b t h w p q", p=BLOCK, q=BLOCK)
+        latents = torch.einsum("b t h w p q, c p q -> b t c h w", blocks, self.basis.to(frames.device))
+        return {"latents": (SCALING_FACTOR * latents).half()}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        scaled = latents.float() / SCALING_FACTOR
+        blocks = torch.einsum("b t c h w, c p q -> b t h w p q", scaled, self.basis.to(latents.device))
+        grey = rearrange(blocks, "b t h w p q -> b t (h p) (w q)")
+        pixels = ((grey + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return repeat(pixels, "b t h w -> b t h w c", c=3)
+
+    def network(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return ToyNet(len(FREQUENCIES), *PRESETS[self.preset])
+
+    def condition(
+        self, batch: Mapping[str, Tensor], noise: ConditioningNoise, u: Tensor, draws: Draws | None
+    ) -> tuple[Condition, Tensor]:
+        image, level = noise(batch["latents"][:, 0].float(), u, draws)
+        return {"image": image}, level
+
+    def denoise(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        image = repeat(condition["image"], "b c h w -> b t c h w", t=x_t.shape[1])
+        answer: Tensor = net(torch.cat([x_t, image], dim=2), self.process.unit_time(t))
+        return answer
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """1 / max(sigma^2, 0.2): x0-errors at small t are small, and would not be learned."""
+        return (1 / (self.process.sigma(t) ** 2).clamp_min(0.2)).float()
+
+    def export(self, state: Mapping[str, Tensor]) -> dict[str, bytes]:
+        return {"toy.safetensors": safetensors.torch.save(dict(state))}
+
+    def restore(self, files: Mapping[str, bytes]) -> dict[str, Tensor]:
+        return safetensors.torch.load(files["toy.safetensors"])
+
+
+def build(frames: int, height: int, width: int, preset: str) -> Toy:
+    return Toy(frames, height, width, preset)

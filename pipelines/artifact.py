@@ -1,0 +1,123 @@
+"""An artifact is a folder at a URI, whole or absent: its manifest is written last, and a finished one never changes.
+
+`plan.json` is written first. It keeps the identity of what is being made, so that a run with another configuration never
+mixes with what an interrupted one left.
+"""
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pipelines import storage
+from pipelines.errors import UserError
+
+SCHEMA_VERSION = 1
+SOFTWARE = ("torch", "numpy", "ray", "av", "deepspeed", "pyarrow")
+
+Identity = dict[str, Any]
+
+
+def fingerprint(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code(*modules: str) -> str:
+    """A digest of the modules that shape an artifact's content."""
+    digest = hashlib.sha256()
+    for name in modules:
+        spec = importlib.util.find_spec(name)
+        digest.update(Path(spec.origin).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    uri: str
+    kind: str
+    fingerprint: str
+    identity: Identity
+    counts: dict[str, int]
+    content: dict[str, Any]
+
+
+class Artifact:
+    """An artifact that a job is making, or has made before."""
+
+    def __init__(self, uri: str, kind: str, identity: Identity) -> None:
+        self.uri, self.kind = uri, kind
+        self.identity = json.loads(json.dumps(identity))
+        plan_uri = storage.join(uri, "plan.json")
+        if storage.exists(plan_uri):
+            self._refuse_other(json.loads(storage.read(plan_uri)))
+        else:
+            storage.write(plan_uri, json.dumps(self._header(), indent=1).encode())
+        self.finished = storage.exists(storage.join(uri, "manifest.json"))
+
+    def path(self, *names: str) -> str:
+        return storage.join(self.uri, *names)
+
+    def finish(self, counts: dict[str, int], **content: Any) -> Manifest:
+        software = {name: version(name) for name in SOFTWARE}
+        body = self._header() | {"counts": counts, "content": content, "software": software}
+        storage.write(self.path("manifest.json"), json.dumps(body, indent=1).encode())
+        self.finished = True
+        return read_manifest(self.uri, self.kind)
+
+    def manifest(self) -> Manifest:
+        return read_manifest(self.uri, self.kind)
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": fingerprint([self.kind, SCHEMA_VERSION, self.identity]),
+            "identity": self.identity,
+        }
+
+    def _refuse_other(self, found: dict[str, Any]) -> None:
+        mine = self._header()
+        if found["fingerprint"] == mine["fingerprint"]:
+            return
+        then, now = _flat(found["identity"]), _flat(self.identity)
+        differs = [f"{key}: {then.get(key)!r} there, {now.get(key)!r} now" for key in sorted({*then, *now})]
+        differs = [line for line, key in zip(differs, sorted({*then, *now}), strict=True) if then.get(key) != now.get(key)]
+        if found["kind"] != self.kind:
+            differs = [f"it is a {found['kind']}, not a {self.kind}"]
+        raise UserError(
+            f"{self.uri} was made with another configuration ({'; '.join(differs[:4]) or 'another schema'}). "
+            "Set another `out`, or remove that folder"
+        )
+
+
+def read_manifest(uri: str, kind: str) -> Manifest:
+    """The manifest of a finished artifact, refused in one line where there is none."""
+    path = storage.join(uri, "manifest.json")
+    if not storage.exists(path):
+        state = "is unfinished" if storage.exists(storage.join(uri, "plan.json")) else "does not exist"
+        raise UserError(f"the {kind} at {uri} {state}: run the job that makes it ({MADE_BY[kind]}) first")
+    body = json.loads(storage.read(path))
+    if body["kind"] != kind or body["schema_version"] != SCHEMA_VERSION:
+        found = f"{body['kind']}, schema {body['schema_version']}"
+        raise UserError(f"{uri} holds a {found}; wanted is a {kind}, schema {SCHEMA_VERSION}")
+    return Manifest(uri, kind, body["fingerprint"], body["identity"], body["counts"], body["content"])
+
+
+MADE_BY = {
+    "shapes": "jobs.make_shapes",
+    "latent cache": "jobs.build_cache",
+    "initial noise": "jobs.initial_noise",
+    "weights": "jobs.finetune",
+    "videos": "jobs.generate",
+    "scores": "jobs.score",
+    "comparison": "jobs.compare",
+}
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}

@@ -1,0 +1,253 @@
+"""The latent cache: clips decoded, encoded by the family, and kept with their moments in Arrow IPC files.
+
+A part is one file: its rows are the accepted clips, and its schema's metadata hold the moments of its training clips and
+what was rejected, so that all three are whole or absent together.
+"""
+
+import hashlib
+import json
+import posixpath
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cil import families
+from cil.metrics.motion import motion_score
+from cil.moments import Moments
+from pipelines import artifact, storage
+from pipelines.artifact import Artifact, Manifest
+from pipelines.catalog import Video, read_catalog
+from pipelines.cluster import folder_of
+from pipelines.config import Config
+from pipelines.errors import Unfinished, UserError
+from pipelines.parts import Part, chunks, make_parts
+from pipelines.video import DECODERS, BadVideo, fit
+
+KIND = "latent cache"
+# Why a video is not in the cache. `io` is transient: tried again on the next run; the others are properties of the bytes.
+REASONS = (
+    "missing",
+    "unsafe_name",
+    "duplicate_id",
+    "not_a_video",
+    "no_video_stream",
+    "damaged",
+    "too_short",
+    "not_finite",
+    "io",
+)
+
+
+def build_cache(config: Config) -> Manifest:
+    """Finished already: does nothing. Begun: makes the parts that are missing."""
+    catalog = read_catalog(config.catalog, folder_of(config.out, "shapes"))
+    family = families.load(**_family_arguments(config))
+    identity = {
+        "catalog": catalog.digest,
+        "seed": config.seed,
+        "family": config.family.model_dump(exclude={"preset"}),
+        "encoder": family.encoder_identity,
+        "cache": config.cache.model_dump(include={"stride", "views_per_video", "validation", "test", "videos_per_part"}),
+        "code": artifact.code("pipelines.cache", "pipelines.video", f"cil.families.{family.name}", "cil.metrics.motion"),
+    }
+    cache = Artifact(folder_of(config.out, "cache"), KIND, identity)
+    if cache.finished:
+        print(f"{KIND}: {cache.uri} is finished; nothing to do")
+        return cache.manifest()
+
+    views = config.cache.views_per_video
+    lots = enumerate(chunks(catalog.videos, config.cache.videos_per_part))
+    parts = [
+        Part(cache.path("parts", f"part-{i:06d}.arrow"), [asdict(v) for v in lot], len(lot) * views) for i, lot in lots
+    ]
+    arguments = {"config": config.model_dump(), "folder": catalog.folder}
+    transient = make_parts(KIND, "clips", parts, PartMaker, arguments, config.cache.workers)
+    if transient:
+        raise Unfinished(
+            f"{len(transient)} parts wait for videos that could not be read for passing reasons ({transient[0]}). "
+            "Run the same command again, or accept them with cache.accept_transient=true"
+        )
+    return _finish(cache, parts)
+
+
+def _finish(cache: Artifact, made: list[Part]) -> Manifest:
+    """The rejects table, the counts, and last the manifest."""
+    parts, rejects = [], []
+    for part in made:
+        data = storage.read(part.uri)
+        reader = pa.ipc.open_file(pa.py_buffer(data))
+        digest = hashlib.sha256(data).hexdigest()
+        parts.append({"name": posixpath.basename(part.uri), "sha256": digest, "clips": reader.read_all().num_rows})
+        rejects += json.loads(reader.schema.metadata[b"rejects"])
+    storage.write_rows(cache.path("rejects.jsonl"), rejects)
+    planned = sum(part.size for part in made)
+    clips, rejected = sum(p["clips"] for p in parts), sum(r["clips"] for r in rejects)
+    if clips + rejected != planned:
+        raise AssertionError(f"{cache.uri}: {planned} clips planned, but {clips} made and {rejected} rejected")
+    counts = {"planned": planned, "clips": clips, "rejected": rejected, "rejected_videos": len(rejects)}
+    manifest = cache.finish(counts, parts=parts)
+    by_reason = {reason: sum(r["reason"] == reason for r in rejects) for reason in REASONS}
+    shown = ", ".join(f"{n} {reason}" for reason, n in by_reason.items() if n)
+    print(f"{KIND}: {clips} clips in {len(parts)} parts; {len(rejects)} videos rejected{f' ({shown})' if shown else ''}")
+    return manifest
+
+
+class PartMaker:
+    """Decodes and encodes the videos of one part. Made once a worker."""
+
+    def __init__(self, config: dict[str, Any], folder: str) -> None:
+        self.config, self.folder = Config.model_validate(config), folder
+        self.family = families.load(**_family_arguments(self.config))
+
+    def __call__(self, plan: list[dict[str, Any]]) -> tuple[bytes | None, str]:
+        rows: list[dict[str, Any]] = []
+        rejects: list[dict[str, Any]] = []
+        for video in (Video(**row) for row in plan):
+            stage = "read"
+            try:
+                data = self._read(video)
+                stage = "decode"
+                clips = self._decode(video, data)
+                stage = "encode"
+                rows += [self._encode(video, view, *clip) for view, clip in enumerate(clips)]
+            except BadVideo as error:
+                rejects.append(self._reject(video, stage, error.reason, str(error)))
+            except OSError as error:
+                rejects.append(self._reject(video, stage, "io", f"{type(error).__name__}: {error}"))
+        transient = [r for r in rejects if r["reason"] == "io"]
+        if transient and not self.config.cache.accept_transient:
+            return None, f"{transient[0]['videoid']}: {transient[0]['message']}"
+        return self._part(rows, rejects), ""
+
+    def _read(self, video: Video) -> bytes:
+        if not video.safe:
+            raise BadVideo("unsafe_name", f"page_dir {video.page_dir!r}, videoid {video.videoid!r} would leave the folder")
+        if video.duplicate:
+            raise BadVideo("duplicate_id", "an earlier row of the csv has this videoid")
+        for path in video.paths(self.folder):
+            if storage.exists(path):
+                return storage.read(path)
+        raise BadVideo("missing", f"no file at {' or '.join(video.paths(self.folder))}")
+
+    def _decode(self, video: Video, data: bytes) -> list[tuple[torch.Tensor, list[int], float]]:
+        """Frames, source indices and source fps of every view; the video's frames are decoded once for all views."""
+        family, policy = self.family, self.config.cache
+        decoder = DECODERS[policy.decoder](data)
+        span = (family.frames - 1) * policy.stride + 1
+        if decoder.count < span:
+            raise BadVideo("too_short", f"{decoder.count} frames; a clip spans {span}")
+        indices = []
+        for view in range(policy.views_per_video):
+            start = int(_unit(self.config.seed, video.videoid, f"view-{view}") * (decoder.count - span + 1))
+            indices.append(list(range(start, start + span, policy.stride)))
+        wanted = sorted({i for clip in indices for i in clip})
+        frames = fit(decoder.frames(wanted), family.height, family.width)
+        return [(frames[np.searchsorted(wanted, clip)], clip, decoder.fps) for clip in indices]
+
+    def _encode(self, video: Video, view: int, frames: torch.Tensor, indices: list[int], fps: float) -> dict[str, Any]:
+        tensors = self.family.encode(frames[None])  # one clip a call: the call's shape is part of the plan
+        if not all(torch.isfinite(t).all() for t in tensors.values()):
+            raise BadVideo("not_finite", f"the encoder gave NaN or inf for view {view}")
+        return {
+            "clip_id": f"{video.videoid}:{view}",
+            "videoid": video.videoid,
+            "view": view,
+            "caption": video.caption,
+            "split": split_of(self.config, video.videoid),
+            "frame_indices": indices,
+            "fps": fps,
+            "stride": self.config.cache.stride,
+            "motion": motion_score(frames),
+            "tensors": {name: tensor[0] for name, tensor in tensors.items()},
+        }
+
+    def _reject(self, video: Video, stage: str, reason: str, message: str) -> dict[str, Any]:
+        clips = self.config.cache.views_per_video
+        return {"videoid": video.videoid, "stage": stage, "reason": reason, "clips": clips, "message": message[:500]}
+
+    def _part(self, rows: list[dict[str, Any]], rejects: list[dict[str, Any]]) -> bytes:
+        moments = Moments.zeros(self.family.latent_shape)
+        training = [row["tensors"]["latents"] for row in rows if row["split"] == "train"]
+        if training:
+            moments = Moments.of(torch.stack(training))
+        columns: dict[str, pa.Array] = {name: pa.array([r[name] for r in rows], kind) for name, kind in CLIP_SCHEMA.items()}
+        layout = {}
+        for name in rows[0]["tensors"] if rows else ():
+            tensors = [row["tensors"][name].contiguous() for row in rows]
+            layout[name] = {"shape": list(tensors[0].shape), "dtype": str(tensors[0].dtype).removeprefix("torch.")}
+            columns[name] = pa.array([t.numpy().tobytes() for t in tensors], pa.large_binary())
+        metadata = {"tensors": json.dumps(layout), "rejects": json.dumps(rejects), "moments": moments.to_bytes()}
+        return _ipc(pa.table(columns).replace_schema_metadata(metadata))
+
+
+CLIP_SCHEMA = {
+    "clip_id": pa.string(),
+    "videoid": pa.string(),
+    "view": pa.int32(),
+    "caption": pa.string(),
+    "split": pa.string(),
+    "frame_indices": pa.list_(pa.int32()),
+    "fps": pa.float32(),
+    "stride": pa.int32(),
+    "motion": pa.float32(),
+}
+
+
+def split_of(config: Config, videoid: str) -> str:
+    """A pure function of (seed, videoid): all views of a video are in one split."""
+    u = _unit(config.seed, videoid, "split")
+    if u < config.cache.test:
+        return "test"
+    return "validation" if u < config.cache.test + config.cache.validation else "train"
+
+
+def read_moments(cache: Manifest) -> Moments:
+    """Of all training clips, merged from the parts."""
+    total = None
+    for part in cache.content["parts"]:
+        with open_part(cache, part["name"]) as reader:
+            moments = Moments.from_bytes(reader.schema.metadata[b"moments"])
+        total = moments if total is None else total.merge(moments)
+    assert total is not None, "a catalog is never empty"
+    return total
+
+
+def read_cache(config: Config) -> Manifest:
+    """The finished cache of this configuration's family and size."""
+    cache = artifact.read_manifest(folder_of(config.out, "cache"), KIND)
+    refuse_other_family(cache, config)
+    return cache
+
+
+def refuse_other_family(made: Manifest, config: Config) -> None:
+    wanted = config.family.model_dump(exclude={"preset"})
+    for key, value in made.identity["family"].items():
+        if key in wanted and wanted[key] != value:
+            raise UserError(f"the {made.kind} at {made.uri} is for family.{key}={value}, not {wanted[key]}: set it, or `out`")
+
+
+def open_part(cache: Manifest, name: str) -> pa.ipc.RecordBatchFileReader:
+    """Mapped into memory where it is a local file."""
+    uri = storage.join(cache.uri, "parts", name)
+    source = pa.memory_map(uri) if storage.is_local(uri) else pa.py_buffer(storage.read(uri))
+    return pa.ipc.open_file(source)
+
+
+def _unit(seed: int, videoid: str, what: str) -> float:
+    """A number in [0, 1) that depends on nothing else."""
+    digest = hashlib.sha256(f"{seed}/{videoid}/{what}".encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56
+
+
+def _family_arguments(config: Config) -> dict[str, Any]:
+    return config.family.model_dump()
+
+
+def _ipc(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return sink.getvalue().to_pybytes()

@@ -1,0 +1,55 @@
+"""The Ray cluster of a job: the one that RAY_ADDRESS names (a submitted job's), or one started on this machine."""
+
+import logging
+import os
+
+from pipelines import storage
+from pipelines.errors import UserError
+
+
+def connect() -> None:
+    """Once a process; a second call finds the first one's."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    # The backend's log lines would stand between ours; what goes wrong in a task reaches us as an exception.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    root = os.getcwd()
+    # Workers import the same code as the driver.
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    data = ray.data.DataContext.get_current()
+    data.enable_progress_bars = False
+    data.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def cpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def refuse_unplaceable(workers: int, gpu: bool) -> None:
+    """More workers than the cluster has resources for would wait for ever."""
+    import ray
+
+    resource = "GPU" if gpu else "CPU"
+    have = int(ray.cluster_resources().get(resource, 0))
+    if workers > have:
+        raise UserError(f"finetune.workers={workers}: the cluster has {have} {resource}s; set fewer, or add nodes")
+
+
+def refuse_local_store(uri: str) -> None:
+    """A SQLite file cannot be written from several nodes."""
+    import ray
+
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1 and uri.startswith("sqlite:"):
+        raise UserError(f"tracking.uri={uri}: {nodes} nodes cannot share a SQLite store; name an MLflow server")
+
+
+def folder_of(out: str, *names: str) -> str:
+    """An artifact's URI under `out`; absolute, because workers run elsewhere."""
+    return storage.join(os.path.abspath(out) if storage.is_local(out) else out, *names)

@@ -1,0 +1,68 @@
+"""The command line that every job has: `python -m jobs.NAME [--config FILE] [key=value ...]`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipelines import storage
+from pipelines.config import Config, load
+from pipelines.errors import Unfinished, UserError
+
+
+def command(name: str, about: str, sections: tuple[str, ...], run: Callable[[Config], None], file: str | None = None) -> None:
+    """Parse, check, run. Exit 2 for what the user must mend, 1 for what a further run may finish."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m jobs.{name}",
+        description=about,
+        epilog=_keys(sections),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", default=file, help="YAML file, e.g. jobs/configs/paper.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="what to change in it")
+    arguments = parser.parse_args()
+    try:
+        config = load(arguments.config, arguments.overrides)
+        _refuse_lost_folder(config)
+        run(config)
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Unfinished as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def _refuse_lost_folder(config: Config) -> None:
+    """A submitted job runs in Ray's own copy of the working directory, which goes with the job."""
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if submitted and storage.is_local(config.out) and not os.path.isabs(config.out):
+        raise UserError(f"out={config.out}: in a submitted job it must be an absolute path or s3://, or it is lost")
+
+
+def _keys(sections: tuple[str, ...]) -> str:
+    lines = ["keys that this job reads (key=default: meaning):"]
+    for name, field in Config.model_fields.items():
+        if name in ("seed", "out"):
+            lines.append(f"  {name}={field.default}: {field.description}")
+    for section in sections:
+        lines += _section_keys(section, Config.model_fields[section].default)
+    return "\n".join(lines)
+
+
+def _section_keys(prefix: str, section: BaseModel) -> list[str]:
+    lines = [f"\n  {prefix}: {(type(section).__doc__ or '').strip()}"]
+    for name, field in type(section).model_fields.items():
+        value: Any = getattr(section, name)
+        if isinstance(value, BaseModel):
+            lines += _section_keys(f"{prefix}.{name}", value)
+        else:
+            shown = value.keys() if isinstance(value, dict) else value
+            lines.append(f"    {prefix}.{name}={list(shown) if isinstance(value, dict) else shown}: {field.description}")
+    return lines

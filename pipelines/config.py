@@ -1,0 +1,273 @@
+"""The one typed configuration tree: a YAML file, then dotted overrides (`cache.stride=2`), checked before anything starts."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+
+from pipelines.errors import UserError
+
+Share = Field(ge=0, le=1)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FamilyConfig(Section):
+    """The model, and the size of its clips."""
+
+    name: Literal["toy"] = Field("toy", description="which family of models")
+    preset: Literal["tiny", "small"] = Field("small", description="the size of its network")
+    frames: PositiveInt = Field(8, description="frames of a clip")
+    height: PositiveInt = Field(32, description="pixels")
+    width: PositiveInt = Field(32, description="pixels")
+
+
+class ShapesConfig(Section):
+    """The data set of moving shapes that jobs.make_shapes writes."""
+
+    videos: PositiveInt = Field(3600, description="how many videos")
+    moving: float = Field(0.15, description="share of them that move", ge=0, le=1)
+    frames: PositiveInt = Field(24, description="frames of a video")
+    size: PositiveInt = Field(32, description="height and width in pixels, even", multiple_of=2)
+    fps: PositiveInt = Field(8, description="frames a second")
+    min_speed: NonNegativeFloat = Field(0.5, description="slowest disc that moves, pixels a frame")
+    max_speed: NonNegativeFloat = Field(2.5, description="fastest disc, pixels a frame")
+    damaged: int = Field(6, description="how many further files are damaged on purpose", ge=0)
+
+
+class CatalogConfig(Section):
+    """The videos to encode; by default those of jobs.make_shapes."""
+
+    csv: str | None = Field(None, description="WebVid csv: videoid,contentUrl,duration,page_dir,name")
+    videos: str | None = Field(None, description="folder or s3:// prefix of page_dir/videoid.mp4 or videoid.mp4")
+
+
+class CacheConfig(Section):
+    """Which clips are taken, and how they become parts of the latent cache."""
+
+    stride: PositiveInt = Field(1, description="source frames from one frame of a clip to the next")
+    views_per_video: PositiveInt = Field(2, description="clips taken from one video")
+    validation: float = Field(0.05, description="share of the videos held out for validation", ge=0, le=1)
+    test: float = Field(0.3, description="share of the videos held out for generating and scoring", ge=0, le=1)
+    decoder: Literal["pyav", "decord"] = Field("pyav", description="pyav skips frames that nothing needs: faster")
+    videos_per_part: PositiveInt = Field(100, description="videos in one file of the cache")
+    workers: PositiveInt | None = Field(None, description="processes; default: one a CPU of the cluster")
+    accept_transient: bool = Field(False, description="finish although some videos failed for passing reasons (I/O)")
+
+
+class ConditioningConfig(Section):
+    """What is done to the conditional image in training."""
+
+    kind: Literal["none", "timenoise", "constant"] = Field("none", description="none is naive fine-tuning")
+    beta_m: NonNegativeFloat = Field(1.0, description="timenoise: largest noise level")
+    a: PositiveFloat = Field(5.0, description="timenoise: mu(t) = 2 t^a - 1; lower means more noise at middle t")
+    level: NonNegativeFloat | None = Field(
+        None, description="constant: noise level; default: the mean level of timenoise with this beta_m and a"
+    )
+
+
+class RowConfig(Section):
+    """One row of a study: the training settings, which are what its MLflow run has as parameters."""
+
+    weights: str | None = Field(None, description="start from a row of the study, or from weights at a URI; none: pre-train")
+    seeds: list[int] = Field([0], description="one training for each", min_length=1)
+    samples: PositiveInt = Field(640, description="clips seen in the whole training")
+    batch: PositiveInt = Field(16, description="clips of one optimiser step, over all workers")
+    lr: PositiveFloat = Field(5e-4, description="peak learning rate of AdamW")
+    warmup: int = Field(80, description="clips over which the learning rate rises; it falls as a cosine to 0", ge=0)
+    clip_norm: PositiveFloat = Field(1.0, description="gradients are clipped to this norm")
+    ema: float = Field(0.95, description="decay a step of the averaged weights, which are what is exported", ge=0, lt=1)
+    drop: float = Field(0.0, description="share of samples trained without condition, for guidance", ge=0, le=1)
+    min_motion: NonNegativeFloat = Field(0.0, description="train only on clips with at least this motion score")
+    conditioning: ConditioningConfig = ConditioningConfig()
+
+
+class FinetuneConfig(Section):
+    """jobs.finetune: how the rows of the study are trained."""
+
+    workers: PositiveInt = Field(2, description="Ray Train workers")
+    gpu: bool = Field(False, description="one GPU a worker, NCCL; else CPUs, gloo")
+    zero_stage: Literal[0, 1, 2] = Field(1, description="DeepSpeed ZeRO stage")
+    checkpoint_every: PositiveInt = Field(1600, description="clips from one checkpoint to the next")
+    log_every: PositiveInt = Field(80, description="clips from one point of the curves to the next")
+    max_failures: int = Field(3, description="how often Ray Train may restart the workers", ge=0)
+    row: RowConfig = Field(RowConfig(), description="what all rows share")
+    rows: dict[str, dict[str, Any]] = Field({"base": {}}, description="the rows, each with what it has of its own")
+
+
+class GenerateRowConfig(Section):
+    """One row of the comparison: weights x M x start."""
+
+    weights: str = Field("base", description="a row of finetune.rows (one set for each of its seeds), or a URI of weights")
+    M: PositiveInt = Field(1000, description="the step that sampling starts at, 1..1000")
+    start: Literal["gaussian", "analytic"] = Field("gaussian", description="x_M from N(0, I) or from Analytic-Init")
+    guidance: PositiveFloat = Field(1.0, description="classifier-free guidance scale; 1: none")
+
+
+class GenerateConfig(Section):
+    """jobs.generate: videos from the first frames of held-out clips."""
+
+    clips: PositiveInt = Field(128, description="held-out clips that every row starts from")
+    reference: PositiveInt = Field(1024, description="real clips that the Frechet distance is measured to")
+    min_motion: NonNegativeFloat = Field(0.0, description="take only clips with at least this motion score")
+    steps: PositiveInt = Field(12, description="DDIM steps")
+    clips_per_part: PositiveInt = Field(32, description="clips sampled at once")
+    workers: PositiveInt | None = Field(None, description="processes; default: one a CPU of the cluster")
+    rows: dict[str, GenerateRowConfig] = Field({"base": GenerateRowConfig()}, description="the rows of the comparison")
+
+
+class ScoreConfig(Section):
+    """jobs.score: what is measured on the generated videos."""
+
+    static_below: PositiveFloat = Field(0.1, description="a video with less mean optical flow (pixels a frame) is static")
+    feature_steps: PositiveInt = Field(300, description="training steps of the feature net of the Frechet distance")
+
+
+class CompareConfig(Section):
+    """jobs.compare: the table, the plots and the page."""
+
+    baseline: str = Field("base", description="the row that the others are compared with, seed by seed")
+    clips: PositiveInt = Field(6, description="conditional images shown side by side")
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    uri: str | None = Field(None, description="tracking server; default: a SQLite store beside the artifacts")
+    experiment: str = Field("shapes", description="the study's name")
+
+
+class Config(Section):
+    seed: int = Field(0, description="of the data, the views and the splits")
+    out: str = Field("outputs/shapes", description="folder or s3:// prefix under which every artifact stands")
+    family: FamilyConfig = FamilyConfig()
+    shapes: ShapesConfig = ShapesConfig()
+    catalog: CatalogConfig = CatalogConfig()
+    cache: CacheConfig = CacheConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    generate: GenerateConfig = GenerateConfig()
+    score: ScoreConfig = ScoreConfig()
+    compare: CompareConfig = CompareConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def training_rows(self) -> dict[str, RowConfig]:
+        """The rows in the order in which they are trained, each seed a row of its own."""
+        rows = {}
+        for name, own in self.finetune.rows.items():
+            row = RowConfig.model_validate(_merge(self.finetune.row.model_dump(), own))
+            for seed in row.seeds:
+                rows[name if len(row.seeds) == 1 else f"{name}-{seed}"] = row.model_copy(update={"seeds": [seed]})
+        return rows
+
+    def evaluation_rows(self) -> dict[str, GenerateRowConfig]:
+        """The rows of the comparison, one for each seed of their weights, with the weights' own row as `weights`."""
+        trained = self.training_rows()
+        rows = {}
+        for name, row in self.generate.rows.items():
+            seeds = self.seeds_of(row.weights)
+            for seed in seeds:
+                suffix = "" if len(seeds) == 1 else f"-{seed}"
+                weights = row.weights + suffix
+                if weights not in trained and "/" not in weights:
+                    allowed = ", ".join(self.finetune.rows)
+                    raise UserError(f"generate.rows.{name}.weights={weights}: a row of finetune.rows ({allowed}) or a URI")
+                rows[name + suffix] = row.model_copy(update={"weights": weights})
+        return rows
+
+    def seeds_of(self, weights: str) -> list[int]:
+        own = self.finetune.rows.get(weights, {})
+        return list(own.get("seeds", self.finetune.row.seeds)) if weights in self.finetune.rows else [0]
+
+
+def load(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a file and the command line describe, or a one-line `UserError`."""
+    tree: dict[str, Any] = {}
+    if file is not None:
+        try:
+            tree = yaml.safe_load(Path(file).read_text()) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {file}: cannot be read ({error})") from None
+        except yaml.YAMLError as error:
+            raise UserError(f"--config {file}: not YAML ({' '.join(str(error).split())})") from None
+        if not isinstance(tree, dict):
+            raise UserError(f"--config {file}: holds a {type(tree).__name__}; wanted are sections such as `cache:`")
+    for override in overrides:
+        tree = _merge(tree, _parse(override))
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    """What the types alone cannot say."""
+    try:
+        rows = config.training_rows()
+    except ValidationError as error:
+        raise UserError(f"finetune.rows: {_explain(error, RowConfig)}") from None
+    for name, row in rows.items():
+        if row.batch % config.finetune.workers:
+            raise UserError(
+                f"finetune.rows.{name}.batch={row.batch} does not divide by finetune.workers={config.finetune.workers}"
+            )
+        for key in ("samples", "warmup"):
+            if getattr(row, key) % row.batch:
+                raise UserError(f"finetune.rows.{name}.{key}={getattr(row, key)}: a multiple of batch={row.batch}")
+        before = list(rows)[: list(rows).index(name)]
+        if row.weights and row.weights not in before and "/" not in row.weights:
+            named = ", ".join(before) or "none"
+            raise UserError(f"finetune.rows.{name}.weights={row.weights}: a row before it ({named}) or a URI (with a /)")
+    if config.cache.validation + config.cache.test >= 1:
+        raise UserError("cache.validation + cache.test: below 1, or nothing is left to train on")
+    if config.shapes.min_speed > config.shapes.max_speed:
+        raise UserError(f"shapes.min_speed={config.shapes.min_speed}: at most max_speed={config.shapes.max_speed}")
+    for name, generated in config.generate.rows.items():
+        if not config.generate.steps <= generated.M <= 1000:
+            raise UserError(f"generate.rows.{name}.M={generated.M}: from generate.steps={config.generate.steps} to 1000")
+    config.evaluation_rows()
+    if config.compare.baseline not in config.generate.rows:
+        allowed = ", ".join(config.generate.rows)
+        raise UserError(f"compare.baseline={config.compare.baseline}: one of generate.rows ({allowed})")
+
+
+def _parse(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise UserError(f"{override!r}: overrides are written key=value, for example cache.stride=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{override!r}: the value is not YAML") from None
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _explain(error: ValidationError, root: type[BaseModel] = Config) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return f"{key}={first['input']!r}: {first['msg'].lower()}"
+    section: Any = root
+    for part in first["loc"][:-1]:
+        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
+        section = field.annotation if field else None
+    allowed = list(section.model_fields) if hasattr(section, "model_fields") else []
+    near = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(allowed)}"
+    return f"{key}: there is no such key; {hint}"

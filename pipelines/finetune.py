@@ -1,0 +1,311 @@
+"""Fine-tuning (or pre-training, where no weights are given): Ray Train drives DeepSpeed ZeRO over the rows of a study.
+
+One group of workers trains the rows in turn. Each row has its own weights, MLflow run and checkpoints; the same command
+again goes on from the last checkpoint of the row that was interrupted.
+"""
+
+import json
+import math
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cil import CleanCondition, ConstantNoise, Draws, Objective, TimeNoise, families
+from cil.conditioning import ConditioningNoise
+from cil.families import Family
+from pipelines import cluster
+from pipelines.artifact import Artifact, Manifest, fingerprint
+from pipelines.cache import read_cache
+from pipelines.cluster import folder_of
+from pipelines.config import ConditioningConfig, Config, RowConfig
+from pipelines.errors import Unfinished, UserError
+from pipelines.progress import Progress
+from pipelines.reader import ClipReader, SampleOrder, lanes
+from pipelines.tracking import Run, store_uri
+from pipelines.weights import load_weights, plan_weights, read_weights, write_weights
+
+BUCKETS = 10  # of t, in which the loss is logged
+
+
+def finetune(config: Config) -> dict[str, Manifest]:
+    """Every row of the study trained; answers their weights."""
+    cache = read_cache(config)
+    rows = config.training_rows()
+    made: dict[str, Artifact] = {}
+    for name, row in rows.items():
+        made[name] = plan_weights(config, name, row, cache, made)
+        clips = len(ClipReader(cache, "train", row.min_motion))
+        if clips == 0:
+            raise UserError(f"finetune.rows.{name}: no training clip in {cache.uri} has motion >= {row.min_motion}")
+        _warn_if_constant(name, row)
+    missing = [name for name in rows if not made[name].finished]
+    if not missing:
+        print(f"weights: {', '.join(rows)} are finished; nothing to do")
+        return {name: each.manifest() for name, each in made.items()}
+    cluster.connect()
+    cluster.refuse_unplaceable(config.finetune.workers, config.finetune.gpu)
+    cluster.refuse_local_store(store_uri(config))
+    _fit(config, {name: rows[name] for name in missing})
+    return {name: each.manifest() for name, each in made.items()}
+
+
+def _fit(config: Config, rows: dict[str, RowConfig]) -> None:
+    import ray.train.torch
+    from ray.util.queue import Queue
+
+    settings = config.finetune
+    news = Queue()
+    listener = threading.Thread(target=_print_progress, args=(news,), daemon=True)
+    listener.start()
+    trainer = ray.train.torch.TorchTrainer(
+        train_rows,
+        train_loop_config={"config": config.model_dump(), "news": news},
+        scaling_config=ray.train.ScalingConfig(num_workers=settings.workers, use_gpu=settings.gpu),
+        run_config=ray.train.RunConfig(
+            name=fingerprint([config.training_rows()[name].model_dump() for name in config.training_rows()]),
+            storage_path=folder_of(config.out, "training"),
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise Unfinished(f"training of {', '.join(rows)} stopped: {reason}. The same command goes on from here") from error
+    finally:
+        news.put(None)
+        listener.join()
+        news.shutdown()
+
+
+def train_rows(loop: dict[str, Any]) -> None:
+    """What every Ray Train worker runs."""
+    import ray.train
+    import torch.distributed as dist
+
+    config = Config.model_validate(loop["config"])
+    _prepare_deepspeed(config.finetune.gpu)
+    rank = ray.train.get_context().get_world_rank()
+    cache, rows = read_cache(config), config.training_rows()
+    made: dict[str, Artifact] = {}
+    for name, row in rows.items():
+        made[name] = plan_weights(config, name, row, cache, made)
+    # Rank 0's word, because another rank might look a moment later.
+    finished = [[name for name in rows if made[name].finished]]
+    dist.broadcast_object_list(finished)
+    for name, row in rows.items():
+        if name not in finished[0]:
+            RowTrainer(config, name, row, made[name], cache, rank, loop["news"]).train()
+            dist.barrier()  # the next row may start from these weights
+
+
+class RowTrainer:
+    """One row on one worker."""
+
+    def __init__(
+        self, config: Config, name: str, row: RowConfig, made: Artifact, cache: Manifest, rank: int, news: Any
+    ) -> None:
+        import torch.distributed as dist
+
+        self.config, self.name, self.row, self.made = config, name, row, made
+        self.rank, self.world, self.news = rank, dist.get_world_size(), news
+        self.seed = row.seeds[0]
+        self.family: Family = families.load(**config.family.model_dump())
+        self.clips = ClipReader(cache, "train", row.min_motion)
+        self.order = SampleOrder(len(self.clips), self.seed)
+        self.objective = Objective(conditioning_noise(row.conditioning), row.drop)
+        self.fingerprint = fingerprint(made.identity)
+        self.samples = 0  # seen so far, which is also the position in the stream
+
+        net = self.family.network(self.seed)
+        if row.weights:
+            load_weights(self.family, net, read_weights(config, row.weights))
+        self.engine = _deepspeed(net, config, row, self.world)
+        self.device = self.engine.device
+        self.ema = {key: value.detach().clone() for key, value in self.engine.module.state_dict().items()}
+        self.curve = Curve(self.family.process.steps, self.device)
+        self.restore()
+        self.run = self.open_run() if rank == 0 else None
+
+    def train(self) -> None:
+        row, settings = self.row, self.config.finetune
+        while self.samples < row.samples:
+            positions = lanes(self.samples, row.batch, self.rank, self.world)
+            losses = self.step(positions)
+            self.samples += row.batch
+            self.curve.add(losses.loss, losses.t)
+            if self.samples % settings.log_every == 0 or self.samples == row.samples:
+                self.log()
+            if self.samples % settings.checkpoint_every == 0 and self.samples < row.samples:
+                self.checkpoint()
+        self.finish()
+
+    def step(self, positions: list[int]):  # noqa: ANN201 - Losses
+        batch = {k: v.to(self.device) for k, v in self.clips.batch([self.order(p) for p in positions]).items()}
+        draws = Draws([(self.seed, p) for p in positions], self.device)
+        losses = self.objective(self.family, self.engine, batch, draws)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(self.row, self.samples)
+        self.engine.backward(losses.loss.mean())
+        self.engine.step()
+        self.average()
+        return losses
+
+    @torch.no_grad()
+    def average(self) -> None:
+        now = self.engine.module.state_dict()
+        torch._foreach_lerp_(list(self.ema.values()), [now[key] for key in self.ema], 1 - self.row.ema)
+
+    def log(self) -> None:
+        values = self.curve.take()
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"row {self.name}: the loss is {values['loss']} after {self.samples} samples; lower finetune.row.lr={self.row.lr}"
+            )
+        if self.run:
+            values["lr"] = learning_rate(self.row, self.samples - self.row.batch)
+            self.run.metrics(values, self.samples)
+            self.news.put((self.name, self.samples, self.row.samples, values["loss"]))
+
+    def checkpoint(self) -> None:
+        """Every rank's share of the optimiser, and once the weights, their average and the position."""
+        import ray.train
+
+        with tempfile.TemporaryDirectory() as folder:
+            position = {"row": self.fingerprint, "samples": self.samples}
+            self.engine.save_checkpoint(folder, tag="deepspeed", client_state=position)
+            if self.rank == 0:
+                torch.save(self.ema, Path(folder, "ema.pt"))
+                Path(folder, "position.json").write_text(json.dumps(position))
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({"samples": self.samples}, checkpoint=checkpoint)
+
+    def restore(self) -> None:
+        import ray.train
+        import torch.distributed as dist
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return
+        with checkpoint.as_directory() as folder:
+            position = json.loads(Path(folder, "position.json").read_text())
+            if position["row"] == self.fingerprint:
+                self.engine.load_checkpoint(folder, tag="deepspeed")
+                self.ema = torch.load(Path(folder, "ema.pt"), map_location=self.device, weights_only=True)
+                self.samples = position["samples"]
+            dist.barrier()  # no rank may remove the folder while another reads it
+
+    def open_run(self) -> Run:
+        run = Run(self.config, self.name, "train", self.fingerprint)
+        family, row = self.config.family.model_dump(), self.row.model_dump()
+        run.parameters({"family": family, "row": row, "cache": self.made.identity["cache"]})
+        settings = self.config.finetune
+        run.tags({"weights": self.made.uri, "world_size": self.world, "zero_stage": settings.zero_stage})
+        run.file("config.json", self.config.model_dump_json(indent=1))
+        return run
+
+    def finish(self) -> None:
+        if self.rank == 0:
+            write_weights(self.made, self.family, self.ema, {"samples": self.samples}, clips=len(self.clips))
+            self.run.finish()
+
+
+class Curve:
+    """Mean loss since the last point, in all and by bucket of t, over all ranks."""
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self.steps, self.device = steps, device
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums = torch.zeros(2, BUCKETS, dtype=torch.float64, device=self.device)
+        self.begin = time.perf_counter()
+
+    def add(self, loss: Tensor, t: Tensor) -> None:
+        bucket = t * BUCKETS // self.steps
+        self.sums[0].index_add_(0, bucket, loss.detach().double())
+        self.sums[1].index_add_(0, bucket, torch.ones_like(loss, dtype=torch.float64))
+
+    def take(self) -> dict[str, float]:
+        import torch.distributed as dist
+
+        dist.all_reduce(self.sums)
+        loss, count = self.sums.cpu()
+        seconds = time.perf_counter() - self.begin
+        values = {"loss": float(loss.sum() / count.sum()), "samples_per_second": float(count.sum()) / seconds}
+        for bucket in range(BUCKETS):
+            if count[bucket]:
+                values[f"loss_t{bucket * self.steps // BUCKETS:03d}"] = float(loss[bucket] / count[bucket])
+        self._clear()
+        return values
+
+
+def conditioning_noise(config: ConditioningConfig) -> ConditioningNoise:
+    if config.kind == "none":
+        return CleanCondition()
+    timenoise = TimeNoise(config.beta_m, config.a)
+    if config.kind == "timenoise":
+        return timenoise
+    return ConstantNoise(timenoise.mean_level() if config.level is None else config.level)
+
+
+def learning_rate(row: RowConfig, samples: int) -> float:
+    """Rises over the warm-up, then falls as a cosine to 0 at the end."""
+    if samples < row.warmup:
+        return row.lr * (samples + row.batch) / row.warmup
+    return row.lr * 0.5 * (1 + math.cos(math.pi * (samples - row.warmup) / max(row.samples - row.warmup, 1)))
+
+
+def _deepspeed(net: nn.Module, config: Config, row: RowConfig, world: int):  # noqa: ANN202 - a DeepSpeedEngine
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": row.batch // world,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": row.clip_norm,
+        "zero_optimization": {"stage": config.finetune.zero_stage},
+        "steps_per_print": 10**9,
+    }
+    optimizer = torch.optim.AdamW(net.parameters(), lr=row.lr)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)
+    return engine
+
+
+def _prepare_deepspeed(gpu: bool) -> None:
+    """Before deepspeed is imported."""
+    import logging
+
+    if not gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # DeepSpeed looks for ninja on the PATH, and pip has put it beside this Python.
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def _warn_if_constant(name: str, row: RowConfig) -> None:
+    """Says what TimeNoise does here: where mu(t) hardly moves, it is the constant control under another name."""
+    noise = conditioning_noise(row.conditioning)
+    if isinstance(noise, TimeNoise):
+        u = torch.linspace(0, 1, 11)
+        shown = ", ".join(f"{noise.beta_m * torch.sigmoid(mu):.2f}" for mu in noise.center(u)[[0, 5, 8, 10]])
+        print(f"finetune: row {name}: TimeNoise, median beta_s at t = 0, .5, .8, 1: {shown}")
+
+
+def _print_progress(news: Any) -> None:
+    bars: dict[str, Progress] = {}
+    while (item := news.get()) is not None:
+        name, samples, total, loss = item
+        if name in bars:
+            bars[name].advance(samples - bars[name].done, f"loss {loss:.4f}")
+        else:
+            bars[name] = Progress(f"finetune {name}", "samples", total, samples)
+
+

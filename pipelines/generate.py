@@ -1,0 +1,153 @@
+"""Videos from the first frames of held-out clips, a set for each row of the comparison, and the true clips beside them.
+
+The pixels of a sample are a function of the row and the clip: its noise has its own seed, and every model call has the
+same number of clips, the last one filled up.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cil import CleanCondition, Draws, InitialNoise, ddim, families, guided
+from pipelines import artifact, storage
+from pipelines.artifact import Artifact, Manifest
+from pipelines.cache import read_cache
+from pipelines.cluster import folder_of
+from pipelines.config import Config, GenerateRowConfig
+from pipelines.errors import UserError
+from pipelines.initial_noise import read_initial_noise
+from pipelines.parts import Part, chunks, make_parts
+from pipelines.reader import ClipReader, SampleOrder
+from pipelines.video import encode
+from pipelines.weights import load_weights, read_weights
+
+KIND = "videos"
+REAL, REFERENCE = "real", "reference"  # true clips: those of the conditional images, and those of the Frechet distance
+SPLITS = {REAL: "test", REFERENCE: "train"}
+
+
+def generate(config: Config) -> dict[str, Manifest]:
+    """The sets of all rows, and the two real ones."""
+    cache = read_cache(config)
+    family = families.load(**config.family.model_dump())
+    rows = config.evaluation_rows()
+    chosen = {name: choose(config, cache, name) for name in SPLITS}
+    sets = {name: _plan(config, cache, name, None) for name in SPLITS}
+    for name, row in rows.items():
+        if name in SPLITS:
+            raise UserError(f"generate.rows.{name}: this name is kept for real clips")
+        sets[name] = _plan(config, cache, name, row)
+        if not config.generate.steps <= row.M <= family.process.steps:
+            raise UserError(f"generate.rows.{name}.M={row.M}: from generate.steps to {family.process.steps}")
+
+    parts = {}
+    for name, made in sets.items():
+        if not made.finished:
+            lots = chunks(chosen.get(name, chosen[REAL]), config.generate.clips_per_part)
+            parts[name] = [
+                Part(made.path("parts", f"part-{i:05d}.jsonl"), {"set": name, "folder": made.uri, "numbers": lot}, len(lot))
+                for i, lot in enumerate(lots)
+            ]
+    arguments = {"config": config.model_dump()}
+    make_parts(KIND, "videos", sum(parts.values(), []), Sampler, arguments, config.generate.workers)
+    for name, own in parts.items():
+        index = [line for part in own for line in storage.read_rows(part.uri)]
+        if len(index) != sum(part.size for part in own):
+            raise AssertionError(f"{sets[name].uri}: {sum(part.size for part in own)} planned, {len(index)} made")
+        storage.write_rows(sets[name].path("index.jsonl"), index)
+        sets[name].finish({"videos": len(index)})
+    return {name: made.manifest() for name, made in sets.items()}
+
+
+def choose(config: Config, cache: Manifest, name: str) -> list[int]:
+    """The clips of a real set, in an order that has nothing to do with their content."""
+    wanted = config.generate.clips if name == REAL else config.generate.reference
+    reader = ClipReader(cache, SPLITS[name], config.generate.min_motion)
+    order = SampleOrder(len(reader), config.seed)
+    numbers = [order(i) for i in range(min(wanted, len(reader)))]
+    if len(numbers) < 2:
+        raise UserError(
+            f"the cache at {cache.uri} has {len(numbers)} {SPLITS[name]} clips with motion >= {config.generate.min_motion}; "
+            "at least 2 are needed: lower generate.min_motion or cache more videos"
+        )
+    if len(numbers) < wanted:
+        print(f"{KIND}: the {name} set has {len(numbers)} clips, not {wanted}: the cache holds no more of them")
+    return numbers
+
+
+def _plan(config: Config, cache: Manifest, name: str, row: GenerateRowConfig | None) -> Artifact:
+    settings = config.generate
+    identity: dict[str, Any] = {
+        "family": config.family.model_dump(),
+        "cache": cache.fingerprint,
+        "seed": config.seed,
+        "clips": settings.reference if name == REFERENCE else settings.clips,
+        "min_motion": settings.min_motion,
+        "code": artifact.code("pipelines.generate", "pipelines.video", "cil.samplers", f"cil.families.{config.family.name}"),
+    }
+    if row is not None:
+        identity |= {
+            "row": row.model_dump(exclude={"weights"}),
+            "steps": settings.steps,
+            "clips_per_part": settings.clips_per_part,
+            "weights": read_weights(config, row.weights).fingerprint,
+            "initial_noise": read_initial_noise(config)[1].fingerprint if row.start == "analytic" else None,
+        }
+    return Artifact(folder_of(config.out, "videos", name), KIND, identity)
+
+
+class Sampler:
+    """Makes the videos of one part: mp4 files, and last their lines of the index. Made once a worker."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = Config.model_validate(config)
+        self.rows = self.config.evaluation_rows()
+        self.family = families.load(**self.config.family.model_dump())
+        self.cache = read_cache(self.config)
+        self.readers = {
+            name: ClipReader(self.cache, split, self.config.generate.min_motion) for name, split in SPLITS.items()
+        }
+        self._net: tuple[str, nn.Module] = ("", nn.Identity())
+
+    def __call__(self, plan: dict[str, Any]) -> tuple[bytes, str]:
+        name, numbers = plan["set"], list(plan["numbers"])
+        reader = self.readers[REFERENCE if name == REFERENCE else REAL]
+        filled = numbers + numbers[-1:] * (self.config.generate.clips_per_part - len(numbers))
+        if name in SPLITS:
+            latents = reader.batch(numbers)["latents"].float()
+        else:
+            latents = self.sample(self.rows[name], reader.batch(filled), [reader.ids[n] for n in filled])
+        lines = []
+        for number, frames in zip(numbers, self.family.decode(latents), strict=False):
+            file = f"{reader.ids[number].replace(':', '_')}.mp4"
+            fps = max(round(reader.fps[number] / self.config.cache.stride), 1)
+            storage.write(storage.join(plan["folder"], file), encode(frames, fps))
+            lines.append({"clip_id": reader.ids[number], "file": file, "caption": reader.captions[number]})
+        return storage.to_rows(lines), ""
+
+    @torch.no_grad()
+    def sample(self, row: GenerateRowConfig, clips: dict[str, Tensor], ids: list[str]) -> Tensor:
+        family, net = self.family, self.network(row.weights)
+        draws = Draws([(self.config.seed, int(hashlib.sha256(i.encode()).hexdigest()[:12], 16)) for i in ids])
+        condition, _ = family.condition(clips, CleanCondition(), torch.zeros(len(ids)), None)
+        nothing = family.drop(condition, torch.ones(len(ids), dtype=torch.bool))
+        denoise = guided(
+            lambda x, t: family.denoise(net, x, t, condition), lambda x, t: family.denoise(net, x, t, nothing), row.guidance
+        )
+        x = self.start(row).sample(family.process, row.M, len(ids), draws)
+        return ddim(denoise, x, family.process, row.M, self.config.generate.steps, family.prediction)
+
+    def start(self, row: GenerateRowConfig) -> InitialNoise:
+        if row.start == "analytic":
+            return read_initial_noise(self.config)[0]
+        return InitialNoise.standard(self.family.latent_shape)
+
+    def network(self, weights: str) -> nn.Module:
+        """The last one is kept: parts of one row come one after another."""
+        if self._net[0] != weights:
+            net = self.family.network(seed=0)
+            load_weights(self.family, net, read_weights(self.config, weights))
+            self._net = (weights, net.eval())
+        return self._net[1]

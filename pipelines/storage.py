@@ -1,0 +1,76 @@
+"""The one place that reads and writes files: a URI is a local path or s3://bucket/key. Writes are whole or absent."""
+
+import json
+import os
+import posixpath
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Seconds, not the seven minutes that botocore waits by default for an endpoint that accepts and never answers.
+S3_LIMITS = {"connect_timeout": 3, "read_timeout": 20, "retries": {"total_max_attempts": 3}}
+
+
+def is_local(uri: str) -> bool:
+    return "://" not in uri
+
+
+def join(uri: str, *names: str) -> str:
+    return posixpath.join(uri, *names)
+
+
+def exists(uri: str) -> bool:
+    return os.path.exists(uri) if is_local(uri) else bool(_remote(uri).exists(uri))
+
+
+def read(uri: str) -> bytes:
+    return Path(uri).read_bytes() if is_local(uri) else bytes(_remote(uri).cat_file(uri))
+
+
+def write(uri: str, data: bytes) -> None:
+    """A reader sees all of `data` or what was there before, whatever is killed when."""
+    if not is_local(uri):
+        _remote(uri).pipe_file(uri, data)
+        return
+    folder = os.path.dirname(uri)
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, uri)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_rows(uri: str) -> list[dict[str, Any]]:
+    """A small table: JSON lines."""
+    return [json.loads(line) for line in read(uri).splitlines()]
+
+
+def write_rows(uri: str, rows: list[dict[str, Any]]) -> None:
+    write(uri, to_rows(rows))
+
+
+def to_rows(rows: list[dict[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def names(uri: str) -> set[str]:
+    """The names of the files in a folder; none where there is no such folder."""
+    if is_local(uri):
+        return {e.name for e in os.scandir(uri)} if os.path.isdir(uri) else set()
+    remote = _remote(uri)
+    remote.invalidate_cache()
+    return {posixpath.basename(path) for path in remote.ls(uri, detail=False)} if remote.exists(uri) else set()
+
+
+def _remote(uri: str):  # noqa: ANN202 - an fsspec filesystem, imported only where one is needed
+    import fsspec
+
+    options = {"config_kwargs": S3_LIMITS} if uri.startswith("s3://") else {}
+    return fsspec.filesystem(uri.split("://")[0], **options)

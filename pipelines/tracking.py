@@ -1,0 +1,93 @@
+"""The one place that talks to MLflow: a study is an experiment, each of its rows a run, found again by fingerprint."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from pipelines import storage
+from pipelines.cluster import folder_of
+from pipelines.config import Config
+
+
+def store_uri(config: Config) -> str:
+    """The tracking server, or a SQLite store beside the artifacts."""
+    if config.tracking.uri:
+        return config.tracking.uri
+    out = folder_of(config.out) if storage.is_local(config.out) else os.path.abspath("outputs")
+    return f"sqlite:///{storage.join(out, 'mlflow.db')}"
+
+
+class Run:
+    """One run of a study: opened anew, or taken up where an earlier attempt left it."""
+
+    def __init__(self, config: Config, name: str, stage: str, fingerprint: str) -> None:
+        self._client, experiment = open_study(config)
+        found = self._client.search_runs([experiment], f"tags.`cil.fingerprint` = '{fingerprint}'")
+        if found:
+            self.id = found[0].info.run_id
+            self._client.update_run(self.id, status="RUNNING")
+        else:
+            tags = {"cil.fingerprint": fingerprint, "cil.stage": stage, "mlflow.runName": name}
+            self.id = self._client.create_run(experiment, tags=tags).info.run_id
+        self._last: dict[str, int] = {}
+
+    def parameters(self, values: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        self._client.log_batch(self.id, params=[Param(k, str(v)) for k, v in _flat(values)])
+
+    def tags(self, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            self._client.set_tag(self.id, f"cil.{key}", value)
+
+    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+        """Each step has one point: what an earlier attempt logged already is not logged again."""
+        import time
+
+        from mlflow.entities import Metric
+
+        new = {name: value for name, value in values.items() if step > self._logged(name)}
+        now = int(time.time() * 1000)
+        self._client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in new.items()])
+
+    def file(self, name: str, text: str) -> None:
+        self._client.log_text(self.id, text, name)
+
+    def finish(self) -> None:
+        self._client.set_terminated(self.id)
+
+    def _logged(self, name: str) -> int:
+        if name not in self._last:
+            self._last[name] = max((m.step for m in self._client.get_metric_history(self.id, name)), default=-1)
+        return self._last[name]
+
+
+def open_study(config: Config):  # noqa: ANN201 - (MlflowClient, experiment id), without importing mlflow here
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    uri = store_uri(config)
+    client = MlflowClient(uri)
+    name = config.tracking.experiment
+    experiment = client.get_experiment_by_name(name)
+    if experiment:
+        return client, experiment.experiment_id
+    location = f"file://{folder_of(config.out, 'mlartifacts')}" if uri.startswith("sqlite:") else None
+    try:
+        return client, client.create_experiment(name, artifact_location=location)
+    except MlflowException:  # somebody else made it meanwhile
+        return client, client.get_experiment_by_name(name).experiment_id
+
+
+def runs(config: Config, stage: str) -> list[Any]:
+    """The study's runs of this stage, newest first."""
+    client, experiment = open_study(config)
+    return list(client.search_runs([experiment], f"tags.`cil.stage` = '{stage}'", max_results=5000))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,59 @@
+"""Fine-tuned weights as an artifact: the family's own files, and what they were trained from."""
+
+import os
+from typing import Any
+
+from torch import Tensor, nn
+
+from cil.families import Family
+from pipelines import artifact, storage
+from pipelines.artifact import Artifact, Manifest
+from pipelines.cache import refuse_other_family
+from pipelines.cluster import folder_of
+from pipelines.config import Config, RowConfig
+
+KIND = "weights"
+CODE = ("pipelines.finetune", "pipelines.reader", "cil.objectives", "cil.conditioning", "cil.processes", "cil.draws")
+
+
+def uri_of(config: Config, row: str) -> str:
+    """A row of the study, or a URI."""
+    if "/" not in row:
+        return folder_of(config.out, "weights", row)
+    return os.path.abspath(row) if storage.is_local(row) else row
+
+
+def plan_weights(config: Config, name: str, row: RowConfig, cache: Manifest, parents: dict[str, Artifact]) -> Artifact:
+    """The artifact of a row, whose identity holds that of the weights it starts from."""
+    parent = None
+    if row.weights in parents:
+        parent = artifact.fingerprint(parents[row.weights].identity)
+    elif row.weights:
+        parent = read_weights(config, row.weights).fingerprint
+    family = config.family.name
+    identity = {
+        "family": config.family.model_dump(),
+        "row": row.model_dump(exclude={"weights"}),
+        "parent": parent,
+        "cache": cache.fingerprint,
+        "code": artifact.code(*CODE, f"cil.families.{family}", f"cil.nets.{family}"),
+    }
+    return Artifact(uri_of(config, name), KIND, identity)
+
+
+def write_weights(made: Artifact, family: Family, state: dict[str, Tensor], counts: dict[str, int], **content: Any) -> Manifest:
+    files = family.export(state)
+    for name, data in files.items():
+        storage.write(made.path(name), data)
+    return made.finish(counts, files=sorted(files), **content)
+
+
+def read_weights(config: Config, row: str) -> Manifest:
+    manifest = artifact.read_manifest(uri_of(config, row), KIND)
+    refuse_other_family(manifest, config)
+    return manifest
+
+
+def load_weights(family: Family, net: nn.Module, manifest: Manifest) -> None:
+    files = {name: storage.read(storage.join(manifest.uri, name)) for name in manifest.content["files"]}
+    net.load_state_dict(family.restore(files), strict=True)
