@@ -113,6 +113,7 @@ MADE_BY = {
     "weights": "jobs.finetune",
     "videos": "jobs.generate",
     "scores": "jobs.score",
+    "feature net": "jobs.score",
     "comparison": "jobs.compare",
 }
 

@@ -128,10 +128,20 @@ class ScoreConfig(Section):
     feature_steps: PositiveInt = Field(300, description="training steps of the feature net of the Frechet distance")
 
 
+class ClaimConfig(Section):
+    """Something the page puts to the test: `row` against `against`, seed by seed."""
+
+    says: str
+    row: str
+    against: str
+    metric: Literal["motion", "motion_error", "speed", "static_share", "first_frame_error", "frechet"]
+    expected: Literal["higher", "lower"]
+
+
 class CompareConfig(Section):
     """jobs.compare: the table, the plots and the page."""
 
-    baseline: str = Field("base", description="the row that the others are compared with, seed by seed")
+    claims: list[ClaimConfig] = Field([], description="what the page puts to the test, written before it is measured")
     clips: PositiveInt = Field(6, description="conditional images shown side by side")
 
 
@@ -232,9 +242,10 @@ def _check(config: Config) -> None:
         if not config.generate.steps <= generated.M <= 1000:
             raise UserError(f"generate.rows.{name}.M={generated.M}: from generate.steps={config.generate.steps} to 1000")
     config.evaluation_rows()
-    if config.compare.baseline not in config.generate.rows:
-        allowed = ", ".join(config.generate.rows)
-        raise UserError(f"compare.baseline={config.compare.baseline}: one of generate.rows ({allowed})")
+    for claim in config.compare.claims:
+        for row in {claim.row, claim.against} - {"real", *config.generate.rows}:
+            allowed = ", ".join(["real", *config.generate.rows])
+            raise UserError(f"compare.claims: {row!r} is not a row; allowed are {allowed}")
 
 
 def _parse(override: str) -> dict[str, Any]:

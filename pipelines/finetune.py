@@ -209,7 +209,7 @@ class RowTrainer:
         run.parameters({"family": family, "row": row, "cache": self.made.identity["cache"]})
         settings = self.config.finetune
         run.tags({"weights": self.made.uri, "world_size": self.world, "zero_stage": settings.zero_stage})
-        run.file("config.json", self.config.model_dump_json(indent=1))
+        run.text("config.json", self.config.model_dump_json(indent=1))
         return run
 
     def finish(self) -> None:

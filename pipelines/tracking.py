@@ -50,7 +50,7 @@ class Run:
         now = int(time.time() * 1000)
         self._client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in new.items()])
 
-    def file(self, name: str, text: str) -> None:
+    def text(self, name: str, text: str) -> None:
         self._client.log_text(self.id, text, name)
 
     def finish(self) -> None:

@@ -21,7 +21,7 @@ from cil.processes import VP, Prediction
 BLOCK = 4
 FREQUENCIES = ((0, 0), (0, 1), (1, 0), (1, 1))
 SCALING_FACTOR = 1.0
-PRESETS = {"tiny": (8, 16), "small": (24, 48)}  # channels of the two levels
+PRESETS = {"tiny": (8, 16), "small": (28, 56)}  # channels of the two levels
 
 
 class Toy(Family):

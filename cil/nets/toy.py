@@ -31,8 +31,6 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
         self.norm_time = nn.GroupNorm(4, channels)
         self.conv_time = nn.Conv1d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv_time.weight)
-        nn.init.zeros_(self.conv_time.bias)
 
     def forward(self, x: Tensor, emb: Tensor, frames: int) -> Tensor:  # x [(B T), C, H, W], emb [B, F]
         scale, shift = self.film(emb).repeat_interleave(frames, dim=0)[:, :, None, None].chunk(2, dim=1)
@@ -55,8 +53,6 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(4, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, place: Tensor, frames: int) -> Tensor:  # x, place [(B T), C, H, W]
         height, width = x.shape[-2:]

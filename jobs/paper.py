@@ -1,0 +1,38 @@
+"""The whole road on embedded defaults: shapes, latent cache, initial noise, training, generation, scores, comparison.
+
+    python -m jobs.paper                                  # jobs/configs/paper.yaml
+    python -m jobs.paper out=outputs/other seed=7
+
+Run again: goes on where it was interrupted.
+"""
+
+import time
+from pathlib import Path
+
+from pipelines.command import command
+from pipelines.config import Config
+
+SECTIONS = ("family", "shapes", "cache", "finetune", "generate", "score", "compare", "tracking")
+
+
+def run(config: Config) -> None:
+    from pipelines.cache import build_cache
+    from pipelines.compare import compare
+    from pipelines.finetune import finetune
+    from pipelines.generate import generate
+    from pipelines.initial_noise import make_initial_noise
+    from pipelines.make_shapes import make_shapes
+    from pipelines.score import score
+
+    took = {}
+    for step in (make_shapes, build_cache, make_initial_noise, finetune, generate, score, compare):
+        begin = time.monotonic()
+        print(f"\n== {step.__name__}", flush=True)
+        step(config)
+        took[step.__name__] = time.monotonic() - begin
+    print("\nwall time: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took.items()), end="")
+    print(f"; in all {sum(took.values()):.0f} s")
+
+
+if __name__ == "__main__":
+    command("paper", __doc__, SECTIONS, run, file=str(Path(__file__).with_name("configs") / "paper.yaml"))
