@@ -1,7 +1,7 @@
 """The training loss of a batch: one draw of t, noise and conditioning noise for each sample."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class Losses(NamedTuple):
 class Objective:
     """Conditioning noise and guidance drop; the process, prediction and weight are the family's."""
 
-    conditioning: ConditioningNoise = CleanCondition()
+    conditioning: ConditioningNoise = field(default_factory=CleanCondition)
     drop: float = 0.0  # share of samples that are trained without their condition, for guidance
 
     def __post_init__(self) -> None:

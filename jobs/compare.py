@@ -1,6 +1,6 @@
-"""From a study's MLflow runs to the paper's table with intervals: in the terminal, and as one page with plots and clips.
+"""From a study's MLflow runs to the paper's table with intervals, in the terminal and as a page with plots and clips.
 
-    python -m jobs.compare out=outputs/try
+python -m jobs.compare out=outputs/try
 """
 
 from pipelines.command import command

@@ -1,6 +1,6 @@
 """Merge the moments of a latent cache into the initial noise of Analytic-Init: E[X0] and tr(Cov)/d.
 
-    python -m jobs.initial_noise out=outputs/try
+python -m jobs.initial_noise out=outputs/try
 """
 
 from pipelines.command import command

@@ -1,6 +1,6 @@
 """Write a data set of small moving shapes in WebVid's format, some files damaged on purpose.
 
-    python -m jobs.make_shapes out=outputs/try shapes.videos=200
+python -m jobs.make_shapes out=outputs/try shapes.videos=200
 """
 
 from pipelines.command import command

@@ -1,6 +1,6 @@
-"""Score the generated videos: motion, static share, first-frame error, Frechet distance; per video, and per set to MLflow.
+"""Score the generated videos, each and in sets: motion, static share, first-frame error, Frechet distance; to MLflow.
 
-    python -m jobs.score out=outputs/try
+python -m jobs.score out=outputs/try
 """
 
 from pipelines.command import command

@@ -1,13 +1,13 @@
 """An artifact is a folder at a URI, whole or absent: its manifest is written last, and a finished one never changes.
 
-`plan.json` is written first. It keeps the identity of what is being made, so that a run with another configuration never
-mixes with what an interrupted one left.
+`plan.json` is written first. It keeps the identity of what is being made, so that a run with another configuration
+never mixes with what an interrupted one left.
 """
 
 import hashlib
-import importlib.util
 import json
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,7 @@ def code(*modules: str) -> str:
     """A digest of the modules that shape an artifact's content."""
     digest = hashlib.sha256()
     for name in modules:
-        spec = importlib.util.find_spec(name)
-        digest.update(Path(spec.origin).read_bytes())
+        digest.update(Path(str(import_module(name).__file__)).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -50,6 +49,7 @@ class Artifact:
     def __init__(self, uri: str, kind: str, identity: Identity) -> None:
         self.uri, self.kind = uri, kind
         self.identity = json.loads(json.dumps(identity))
+        self.fingerprint: str = self._header()["fingerprint"]
         plan_uri = storage.join(uri, "plan.json")
         if storage.exists(plan_uri):
             self._refuse_other(json.loads(storage.read(plan_uri)))
@@ -79,16 +79,15 @@ class Artifact:
         }
 
     def _refuse_other(self, found: dict[str, Any]) -> None:
-        mine = self._header()
-        if found["fingerprint"] == mine["fingerprint"]:
+        if found["fingerprint"] == self.fingerprint:
             return
         then, now = _flat(found["identity"]), _flat(self.identity)
-        differs = [f"{key}: {then.get(key)!r} there, {now.get(key)!r} now" for key in sorted({*then, *now})]
-        differs = [line for line, key in zip(differs, sorted({*then, *now}), strict=True) if then.get(key) != now.get(key)]
+        keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+        why = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in keys[:4])
         if found["kind"] != self.kind:
-            differs = [f"it is a {found['kind']}, not a {self.kind}"]
+            why = f"it is a {found['kind']}, not a {self.kind}"
         raise UserError(
-            f"{self.uri} was made with another configuration ({'; '.join(differs[:4]) or 'another schema'}). "
+            f"{self.uri} was made with another configuration ({why or 'another schema'}). "
             "Set another `out`, or remove that folder"
         )
 

@@ -1,7 +1,7 @@
 """The latent cache: clips decoded, encoded by the family, and kept with their moments in Arrow IPC files.
 
-A part is one file: its rows are the accepted clips, and its schema's metadata hold the moments of its training clips and
-what was rejected, so that all three are whole or absent together.
+A part is one file: its rows are the accepted clips, and its schema's metadata hold the moments of its training clips
+and what was rejected, so that all three are whole or absent together.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from pipelines.parts import Part, chunks, make_parts
 from pipelines.video import DECODERS, BadVideo, fit
 
 KIND = "latent cache"
-# Why a video is not in the cache. `io` is transient: tried again on the next run; the others are properties of the bytes.
+# Why a video is not in the cache. `io` is transient, tried again on the next run; the others would stay as they are.
 REASONS = (
     "missing",
     "unsafe_name",
@@ -50,8 +50,12 @@ def build_cache(config: Config) -> Manifest:
         "seed": config.seed,
         "family": config.family.model_dump(exclude={"preset"}),
         "encoder": family.encoder_identity,
-        "cache": config.cache.model_dump(include={"stride", "views_per_video", "validation", "test", "videos_per_part"}),
-        "code": artifact.code("pipelines.cache", "pipelines.video", f"cil.families.{family.name}", "cil.metrics.motion"),
+        "cache": config.cache.model_dump(
+            include={"stride", "views_per_video", "validation", "test", "videos_per_part"}
+        ),
+        "code": artifact.code(
+            "pipelines.cache", "pipelines.video", f"cil.families.{family.name}", "cil.metrics.motion"
+        ),
     }
     cache = Artifact(folder_of(config.out, "cache"), KIND, identity)
     if cache.finished:
@@ -91,7 +95,9 @@ def _finish(cache: Artifact, made: list[Part]) -> Manifest:
     manifest = cache.finish(counts, parts=parts)
     by_reason = {reason: sum(r["reason"] == reason for r in rejects) for reason in REASONS}
     shown = ", ".join(f"{n} {reason}" for reason, n in by_reason.items() if n)
-    print(f"{KIND}: {clips} clips in {len(parts)} parts; {len(rejects)} videos rejected{f' ({shown})' if shown else ''}")
+    print(
+        f"{KIND}: {clips} clips in {len(parts)} parts; {len(rejects)} videos rejected{f' ({shown})' if shown else ''}"
+    )
     return manifest
 
 
@@ -124,7 +130,9 @@ class PartMaker:
 
     def _read(self, video: Video) -> bytes:
         if not video.safe:
-            raise BadVideo("unsafe_name", f"page_dir {video.page_dir!r}, videoid {video.videoid!r} would leave the folder")
+            raise BadVideo(
+                "unsafe_name", f"page_dir {video.page_dir!r}, videoid {video.videoid!r} would leave the folder"
+            )
         if video.duplicate:
             raise BadVideo("duplicate_id", "an earlier row of the csv has this videoid")
         for path in video.paths(self.folder):
@@ -173,7 +181,9 @@ class PartMaker:
         training = [row["tensors"]["latents"] for row in rows if row["split"] == "train"]
         if training:
             moments = Moments.of(torch.stack(training))
-        columns: dict[str, pa.Array] = {name: pa.array([r[name] for r in rows], kind) for name, kind in CLIP_SCHEMA.items()}
+        columns: dict[str, pa.Array] = {
+            name: pa.array([r[name] for r in rows], kind) for name, kind in CLIP_SCHEMA.items()
+        }
         layout = {}
         for name in rows[0]["tensors"] if rows else ():
             tensors = [row["tensors"][name].contiguous() for row in rows]
@@ -226,7 +236,9 @@ def refuse_other_family(made: Manifest, config: Config) -> None:
     wanted = config.family.model_dump(exclude={"preset"})
     for key, value in made.identity["family"].items():
         if key in wanted and wanted[key] != value:
-            raise UserError(f"the {made.kind} at {made.uri} is for family.{key}={value}, not {wanted[key]}: set it, or `out`")
+            raise UserError(
+                f"the {made.kind} at {made.uri} is for family.{key}={value}, not {wanted[key]}: set it, or `out`"
+            )
 
 
 def open_part(cache: Manifest, name: str) -> pa.ipc.RecordBatchFileReader:

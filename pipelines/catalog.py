@@ -58,4 +58,6 @@ def read_catalog(config: CatalogConfig, default: str) -> Catalog:
         seen.add(videoid)
     if not videos:
         raise UserError(f"catalog.csv={uri}: holds no videos")
-    return Catalog(sorted(videos, key=lambda v: (v.videoid, v.duplicate)), folder, hashlib.sha256(data).hexdigest()[:16])
+    return Catalog(
+        sorted(videos, key=lambda v: (v.videoid, v.duplicate)), folder, hashlib.sha256(data).hexdigest()[:16]
+    )

@@ -13,7 +13,9 @@ from pipelines.config import Config, load
 from pipelines.errors import Unfinished, UserError
 
 
-def command(name: str, about: str, sections: tuple[str, ...], run: Callable[[Config], None], file: str | None = None) -> None:
+def command(
+    name: str, about: str, sections: tuple[str, ...], run: Callable[[Config], None], file: str | None = None
+) -> None:
     """Parse, check, run. Exit 2 for what the user must mend, 1 for what a further run may finish."""
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{name}",
@@ -64,5 +66,7 @@ def _section_keys(prefix: str, section: BaseModel) -> list[str]:
             lines += _section_keys(f"{prefix}.{name}", value)
         else:
             shown = value.keys() if isinstance(value, dict) else value
-            lines.append(f"    {prefix}.{name}={list(shown) if isinstance(value, dict) else shown}: {field.description}")
+            lines.append(
+                f"    {prefix}.{name}={list(shown) if isinstance(value, dict) else shown}: {field.description}"
+            )
     return lines

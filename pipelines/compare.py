@@ -119,11 +119,10 @@ def read_arms(config: Config) -> dict[str, Arm]:
         if run.info.status == "FINISHED":
             found.setdefault(run.data.tags["cil.row"], run)
     arms: dict[str, Arm] = {}
-    for name in [REAL, *config.evaluation_rows()]:
+    rows = {REAL: (REAL, 0)} | {name: (row.arm, row.seed) for name, row in config.evaluation_rows().items()}
+    for name, (arm, seed) in rows.items():
         if name in found:
-            tags = found[name].data.tags
-            arm = arms.setdefault(tags["cil.arm"], Arm(tags["cil.arm"]))
-            arm.runs[int(tags["cil.seed"])] = found[name]
+            arms.setdefault(arm, Arm(arm)).runs[seed] = found[name]
         else:
             print(f"{KIND}: row {name} has no finished evaluate run in {config.tracking.experiment}; it is left out")
     if len(arms) < 2:

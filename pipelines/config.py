@@ -1,7 +1,8 @@
-"""The one typed configuration tree: a YAML file, then dotted overrides (`cache.stride=2`), checked before anything starts."""
+"""The one typed configuration tree: a YAML file, then dotted overrides (`cache.stride=2`), checked before any start."""
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +10,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from pipelines.errors import UserError
-
-Share = Field(ge=0, le=1)
 
 
 class Section(BaseModel):
@@ -74,7 +73,9 @@ class ConditioningConfig(Section):
 class RowConfig(Section):
     """One row of a study: the training settings, which are what its MLflow run has as parameters."""
 
-    weights: str | None = Field(None, description="start from a row of the study, or from weights at a URI; none: pre-train")
+    weights: str | None = Field(
+        None, description="start from a row of the study, or from weights at a URI; none: pre-train"
+    )
     seeds: list[int] = Field([0], description="one training for each", min_length=1)
     samples: PositiveInt = Field(640, description="clips seen in the whole training")
     batch: PositiveInt = Field(16, description="clips of one optimiser step, over all workers")
@@ -103,7 +104,9 @@ class FinetuneConfig(Section):
 class GenerateRowConfig(Section):
     """One row of the comparison: weights x M x start."""
 
-    weights: str = Field("base", description="a row of finetune.rows (one set for each of its seeds), or a URI of weights")
+    weights: str = Field(
+        "base", description="a row of finetune.rows (one set for each of its seeds), or a URI of weights"
+    )
     M: PositiveInt = Field(1000, description="the step that sampling starts at, 1..1000")
     start: Literal["gaussian", "analytic"] = Field("gaussian", description="x_M from N(0, I) or from Analytic-Init")
     guidance: PositiveFloat = Field(1.0, description="classifier-free guidance scale; 1: none")
@@ -124,7 +127,9 @@ class GenerateConfig(Section):
 class ScoreConfig(Section):
     """jobs.score: what is measured on the generated videos."""
 
-    static_below: PositiveFloat = Field(0.1, description="a video with less mean optical flow (pixels a frame) is static")
+    static_below: PositiveFloat = Field(
+        0.4, description="a slower video (pixels a frame, by the feature net) is static"
+    )
     feature_steps: PositiveInt = Field(300, description="training steps of the feature net of the Frechet distance")
 
 
@@ -165,33 +170,52 @@ class Config(Section):
     compare: CompareConfig = CompareConfig()
     tracking: TrackingConfig = TrackingConfig()
 
-    def training_rows(self) -> dict[str, RowConfig]:
-        """The rows in the order in which they are trained, each seed a row of its own."""
+    def training_rows(self) -> dict[str, "TrainingRow"]:
+        """In the order in which they are trained, each seed a row of its own."""
         rows = {}
-        for name, own in self.finetune.rows.items():
-            row = RowConfig.model_validate(_merge(self.finetune.row.model_dump(), own))
-            for seed in row.seeds:
-                rows[name if len(row.seeds) == 1 else f"{name}-{seed}"] = row.model_copy(update={"seeds": [seed]})
+        for arm, own in self.finetune.rows.items():
+            settings = RowConfig.model_validate(_merge(self.finetune.row.model_dump(), own))
+            for seed in settings.seeds:
+                rows[_row_name(arm, seed, settings.seeds)] = TrainingRow(arm, seed, settings)
         return rows
 
-    def evaluation_rows(self) -> dict[str, GenerateRowConfig]:
-        """The rows of the comparison, one for each seed of their weights, with the weights' own row as `weights`."""
+    def evaluation_rows(self) -> dict[str, "EvaluationRow"]:
+        """One for each seed of the weights."""
         trained = self.training_rows()
         rows = {}
-        for name, row in self.generate.rows.items():
-            seeds = self.seeds_of(row.weights)
-            for seed in seeds:
-                suffix = "" if len(seeds) == 1 else f"-{seed}"
-                weights = row.weights + suffix
-                if weights not in trained and "/" not in weights:
-                    allowed = ", ".join(self.finetune.rows)
-                    raise UserError(f"generate.rows.{name}.weights={weights}: a row of finetune.rows ({allowed}) or a URI")
-                rows[name + suffix] = row.model_copy(update={"weights": weights})
+        for arm, settings in self.generate.rows.items():
+            sources = {name: row.seed for name, row in trained.items() if row.arm == settings.weights}
+            if not sources and "/" not in settings.weights:
+                allowed = ", ".join(self.finetune.rows)
+                raise UserError(
+                    f"generate.rows.{arm}.weights={settings.weights}: a row of finetune.rows ({allowed}) or a URI"
+                )
+            for name, seed in (sources or {settings.weights: 0}).items():
+                rows[_row_name(arm, seed, list(sources.values()))] = EvaluationRow(arm, seed, name, settings)
         return rows
 
-    def seeds_of(self, weights: str) -> list[int]:
-        own = self.finetune.rows.get(weights, {})
-        return list(own.get("seeds", self.finetune.row.seeds)) if weights in self.finetune.rows else [0]
+
+@dataclass(frozen=True)
+class TrainingRow:
+    arm: str  # its name in the configuration, shared by its seeds
+    seed: int
+    settings: RowConfig
+
+    def shaping(self) -> dict[str, Any]:
+        """What shapes the weights, but for the weights it starts from."""
+        return self.settings.model_dump(exclude={"weights", "seeds"}) | {"seed": self.seed}
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    arm: str
+    seed: int
+    weights: str  # a training row, its seed included, or a URI
+    settings: GenerateRowConfig
+
+
+def _row_name(arm: str, seed: int, seeds: list[int]) -> str:
+    return arm if len(seeds) < 2 else f"{arm}-{seed}"
 
 
 def load(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -222,7 +246,7 @@ def _check(config: Config) -> None:
         rows = config.training_rows()
     except ValidationError as error:
         raise UserError(f"finetune.rows: {_explain(error, RowConfig)}") from None
-    for name, row in rows.items():
+    for name, row in {name: row.settings for name, row in rows.items()}.items():
         if row.batch % config.finetune.workers:
             raise UserError(
                 f"finetune.rows.{name}.batch={row.batch} does not divide by finetune.workers={config.finetune.workers}"
@@ -233,19 +257,27 @@ def _check(config: Config) -> None:
         before = list(rows)[: list(rows).index(name)]
         if row.weights and row.weights not in before and "/" not in row.weights:
             named = ", ".join(before) or "none"
-            raise UserError(f"finetune.rows.{name}.weights={row.weights}: a row before it ({named}) or a URI (with a /)")
+            raise UserError(
+                f"finetune.rows.{name}.weights={row.weights}: a row before it ({named}) or a URI (with a /)"
+            )
     if config.cache.validation + config.cache.test >= 1:
         raise UserError("cache.validation + cache.test: below 1, or nothing is left to train on")
+    if config.finetune.checkpoint_every % config.finetune.log_every:
+        every = f"finetune.checkpoint_every={config.finetune.checkpoint_every}"
+        raise UserError(f"{every}: a multiple of finetune.log_every={config.finetune.log_every}")
     if config.shapes.min_speed > config.shapes.max_speed:
         raise UserError(f"shapes.min_speed={config.shapes.min_speed}: at most max_speed={config.shapes.max_speed}")
     for name, generated in config.generate.rows.items():
         if not config.generate.steps <= generated.M <= 1000:
-            raise UserError(f"generate.rows.{name}.M={generated.M}: from generate.steps={config.generate.steps} to 1000")
+            raise UserError(
+                f"generate.rows.{name}.M={generated.M}: from generate.steps={config.generate.steps} to 1000"
+            )
     config.evaluation_rows()
+    known = ["real", *config.generate.rows]
     for claim in config.compare.claims:
-        for row in {claim.row, claim.against} - {"real", *config.generate.rows}:
-            allowed = ", ".join(["real", *config.generate.rows])
-            raise UserError(f"compare.claims: {row!r} is not a row; allowed are {allowed}")
+        for named in (claim.row, claim.against):
+            if named not in known:
+                raise UserError(f"compare.claims: {named!r} is not a row; allowed are {', '.join(known)}")
 
 
 def _parse(override: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pipelines import cluster
 from pipelines.artifact import Artifact, Manifest, fingerprint
 from pipelines.cache import read_cache
 from pipelines.cluster import folder_of
-from pipelines.config import ConditioningConfig, Config, RowConfig
+from pipelines.config import ConditioningConfig, Config, RowConfig, TrainingRow
 from pipelines.errors import Unfinished, UserError
 from pipelines.progress import Progress
 from pipelines.reader import ClipReader, SampleOrder, lanes
@@ -41,10 +41,11 @@ def finetune(config: Config) -> dict[str, Manifest]:
     made: dict[str, Artifact] = {}
     for name, row in rows.items():
         made[name] = plan_weights(config, name, row, cache, made)
-        clips = len(ClipReader(cache, "train", row.min_motion))
+        clips = len(ClipReader(cache, "train", row.settings.min_motion))
         if clips == 0:
-            raise UserError(f"finetune.rows.{name}: no training clip in {cache.uri} has motion >= {row.min_motion}")
-        _warn_if_constant(name, row)
+            wanted = f"motion >= {row.settings.min_motion}"
+            raise UserError(f"finetune.rows.{name}: no training clip in {cache.uri} has {wanted}")
+        _say_levels(name, row.settings)
     missing = [name for name in rows if not made[name].finished]
     if not missing:
         print(f"weights: {', '.join(rows)} are finished; nothing to do")
@@ -52,11 +53,11 @@ def finetune(config: Config) -> dict[str, Manifest]:
     cluster.connect()
     cluster.refuse_unplaceable(config.finetune.workers, config.finetune.gpu)
     cluster.refuse_local_store(store_uri(config))
-    _fit(config, {name: rows[name] for name in missing})
+    _fit(config, missing)
     return {name: each.manifest() for name, each in made.items()}
 
 
-def _fit(config: Config, rows: dict[str, RowConfig]) -> None:
+def _fit(config: Config, missing: list[str]) -> None:
     import ray.train.torch
     from ray.util.queue import Queue
 
@@ -69,7 +70,7 @@ def _fit(config: Config, rows: dict[str, RowConfig]) -> None:
         train_loop_config={"config": config.model_dump(), "news": news},
         scaling_config=ray.train.ScalingConfig(num_workers=settings.workers, use_gpu=settings.gpu),
         run_config=ray.train.RunConfig(
-            name=fingerprint([config.training_rows()[name].model_dump() for name in config.training_rows()]),
+            name=fingerprint({name: row.shaping() for name, row in config.training_rows().items()}),
             storage_path=folder_of(config.out, "training"),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
@@ -79,7 +80,9 @@ def _fit(config: Config, rows: dict[str, RowConfig]) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise Unfinished(f"training of {', '.join(rows)} stopped: {reason}. The same command goes on from here") from error
+        raise Unfinished(
+            f"training of {', '.join(missing)} stopped: {reason}. The same command goes on from here"
+        ) from error
     finally:
         news.put(None)
         listener.join()
@@ -111,24 +114,23 @@ class RowTrainer:
     """One row on one worker."""
 
     def __init__(
-        self, config: Config, name: str, row: RowConfig, made: Artifact, cache: Manifest, rank: int, news: Any
+        self, config: Config, name: str, row: TrainingRow, made: Artifact, cache: Manifest, rank: int, news: Any
     ) -> None:
         import torch.distributed as dist
 
-        self.config, self.name, self.row, self.made = config, name, row, made
+        self.config, self.name, self.made = config, name, made
+        self.row, self.seed, self.shaping = row.settings, row.seed, row.shaping()
         self.rank, self.world, self.news = rank, dist.get_world_size(), news
-        self.seed = row.seeds[0]
         self.family: Family = families.load(**config.family.model_dump())
-        self.clips = ClipReader(cache, "train", row.min_motion)
+        self.clips = ClipReader(cache, "train", self.row.min_motion)
         self.order = SampleOrder(len(self.clips), self.seed)
-        self.objective = Objective(conditioning_noise(row.conditioning), row.drop)
-        self.fingerprint = fingerprint(made.identity)
+        self.objective = Objective(conditioning_noise(self.row.conditioning), self.row.drop)
         self.samples = 0  # seen so far, which is also the position in the stream
 
         net = self.family.network(self.seed)
-        if row.weights:
-            load_weights(self.family, net, read_weights(config, row.weights))
-        self.engine = _deepspeed(net, config, row, self.world)
+        if self.row.weights:
+            load_weights(self.family, net, read_weights(config, self.row.weights))
+        self.engine = _deepspeed(net, config, self.row, self.world)
         self.device = self.engine.device
         self.ema = {key: value.detach().clone() for key, value in self.engine.module.state_dict().items()}
         self.curve = Curve(self.family.process.steps, self.device)
@@ -168,7 +170,7 @@ class RowTrainer:
         values = self.curve.take()
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
-                f"row {self.name}: the loss is {values['loss']} after {self.samples} samples; lower finetune.row.lr={self.row.lr}"
+                f"row {self.name}: the loss is {values['loss']} after {self.samples} samples; lower lr={self.row.lr}"
             )
         if self.run:
             values["lr"] = learning_rate(self.row, self.samples - self.row.batch)
@@ -180,7 +182,7 @@ class RowTrainer:
         import ray.train
 
         with tempfile.TemporaryDirectory() as folder:
-            position = {"row": self.fingerprint, "samples": self.samples}
+            position = {"row": self.made.fingerprint, "samples": self.samples}
             self.engine.save_checkpoint(folder, tag="deepspeed", client_state=position)
             if self.rank == 0:
                 torch.save(self.ema, Path(folder, "ema.pt"))
@@ -197,23 +199,23 @@ class RowTrainer:
             return
         with checkpoint.as_directory() as folder:
             position = json.loads(Path(folder, "position.json").read_text())
-            if position["row"] == self.fingerprint:
+            if position["row"] == self.made.fingerprint:
                 self.engine.load_checkpoint(folder, tag="deepspeed")
                 self.ema = torch.load(Path(folder, "ema.pt"), map_location=self.device, weights_only=True)
                 self.samples = position["samples"]
             dist.barrier()  # no rank may remove the folder while another reads it
 
     def open_run(self) -> Run:
-        run = Run(self.config, self.name, "train", self.fingerprint)
-        family, row = self.config.family.model_dump(), self.row.model_dump()
-        run.parameters({"family": family, "row": row, "cache": self.made.identity["cache"]})
+        run = Run(self.config, self.name, "train", self.made.fingerprint)
+        upstream = {key: self.made.identity[key] for key in ("cache", "parent")}
+        run.parameters({"family": self.config.family.model_dump(), "row": self.shaping, **upstream})
         settings = self.config.finetune
         run.tags({"weights": self.made.uri, "world_size": self.world, "zero_stage": settings.zero_stage})
         run.text("config.json", self.config.model_dump_json(indent=1))
         return run
 
     def finish(self) -> None:
-        if self.rank == 0:
+        if self.run:
             write_weights(self.made, self.family, self.ema, {"samples": self.samples}, clips=len(self.clips))
             self.run.finish()
 
@@ -290,7 +292,7 @@ def _prepare_deepspeed(gpu: bool) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-def _warn_if_constant(name: str, row: RowConfig) -> None:
+def _say_levels(name: str, row: RowConfig) -> None:
     """Says what TimeNoise does here: where mu(t) hardly moves, it is the constant control under another name."""
     noise = conditioning_noise(row.conditioning)
     if isinstance(noise, TimeNoise):
@@ -307,5 +309,3 @@ def _print_progress(news: Any) -> None:
             bars[name].advance(samples - bars[name].done, f"loss {loss:.4f}")
         else:
             bars[name] = Progress(f"finetune {name}", "samples", total, samples)
-
-

@@ -5,6 +5,7 @@ same number of clips, the last one filled up.
 """
 
 import hashlib
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import read_cache
 from pipelines.cluster import folder_of
-from pipelines.config import Config, GenerateRowConfig
+from pipelines.config import Config, EvaluationRow
 from pipelines.errors import UserError
 from pipelines.initial_noise import read_initial_noise
 from pipelines.parts import Part, chunks, make_parts
@@ -24,6 +25,7 @@ from pipelines.video import encode
 from pipelines.weights import load_weights, read_weights
 
 KIND = "videos"
+CODE = ("pipelines.generate", "pipelines.video", "cil.samplers", "cil.processes", "cil.initial_noise", "cil.draws")
 REAL, REFERENCE = "real", "reference"  # true clips: those of the conditional images, and those of the Frechet distance
 SPLITS = {REAL: "test", REFERENCE: "train"}
 
@@ -31,7 +33,6 @@ SPLITS = {REAL: "test", REFERENCE: "train"}
 def generate(config: Config) -> dict[str, Manifest]:
     """The sets of all rows, and the two real ones."""
     cache = read_cache(config)
-    family = families.load(**config.family.model_dump())
     rows = config.evaluation_rows()
     chosen = {name: choose(config, cache, name) for name in SPLITS}
     sets = {name: _plan(config, cache, name, None) for name in SPLITS}
@@ -39,19 +40,21 @@ def generate(config: Config) -> dict[str, Manifest]:
         if name in SPLITS:
             raise UserError(f"generate.rows.{name}: this name is kept for real clips")
         sets[name] = _plan(config, cache, name, row)
-        if not config.generate.steps <= row.M <= family.process.steps:
-            raise UserError(f"generate.rows.{name}.M={row.M}: from generate.steps to {family.process.steps}")
 
     parts = {}
     for name, made in sets.items():
         if not made.finished:
             lots = chunks(chosen.get(name, chosen[REAL]), config.generate.clips_per_part)
             parts[name] = [
-                Part(made.path("parts", f"part-{i:05d}.jsonl"), {"set": name, "folder": made.uri, "numbers": lot}, len(lot))
+                Part(
+                    made.path("parts", f"part-{i:05d}.jsonl"),
+                    {"set": name, "folder": made.uri, "numbers": lot},
+                    len(lot),
+                )
                 for i, lot in enumerate(lots)
             ]
     arguments = {"config": config.model_dump()}
-    make_parts(KIND, "videos", sum(parts.values(), []), Sampler, arguments, config.generate.workers)
+    make_parts(KIND, "videos", [*chain(*parts.values())], Sampler, arguments, config.generate.workers)
     for name, own in parts.items():
         index = [line for part in own for line in storage.read_rows(part.uri)]
         if len(index) != sum(part.size for part in own):
@@ -68,16 +71,14 @@ def choose(config: Config, cache: Manifest, name: str) -> list[int]:
     order = SampleOrder(len(reader), config.seed)
     numbers = [order(i) for i in range(min(wanted, len(reader)))]
     if len(numbers) < 2:
-        raise UserError(
-            f"the cache at {cache.uri} has {len(numbers)} {SPLITS[name]} clips with motion >= {config.generate.min_motion}; "
-            "at least 2 are needed: lower generate.min_motion or cache more videos"
-        )
+        found = f"{len(numbers)} {SPLITS[name]} clips with motion >= {config.generate.min_motion}"
+        raise UserError(f"{cache.uri} has {found}; at least 2 are needed: lower generate.min_motion, or cache more")
     if len(numbers) < wanted:
         print(f"{KIND}: the {name} set has {len(numbers)} clips, not {wanted}: the cache holds no more of them")
     return numbers
 
 
-def _plan(config: Config, cache: Manifest, name: str, row: GenerateRowConfig | None) -> Artifact:
+def _plan(config: Config, cache: Manifest, name: str, row: EvaluationRow | None) -> Artifact:
     settings = config.generate
     identity: dict[str, Any] = {
         "family": config.family.model_dump(),
@@ -85,15 +86,15 @@ def _plan(config: Config, cache: Manifest, name: str, row: GenerateRowConfig | N
         "seed": config.seed,
         "clips": settings.reference if name == REFERENCE else settings.clips,
         "min_motion": settings.min_motion,
-        "code": artifact.code("pipelines.generate", "pipelines.video", "cil.samplers", f"cil.families.{config.family.name}"),
+        "code": artifact.code(*CODE, f"cil.families.{config.family.name}"),
     }
     if row is not None:
         identity |= {
-            "row": row.model_dump(exclude={"weights"}),
+            "row": row.settings.model_dump(exclude={"weights"}),
             "steps": settings.steps,
             "clips_per_part": settings.clips_per_part,
             "weights": read_weights(config, row.weights).fingerprint,
-            "initial_noise": read_initial_noise(config)[1].fingerprint if row.start == "analytic" else None,
+            "initial_noise": read_initial_noise(config)[1].fingerprint if row.settings.start == "analytic" else None,
         }
     return Artifact(folder_of(config.out, "videos", name), KIND, identity)
 
@@ -128,19 +129,22 @@ class Sampler:
         return storage.to_rows(lines), ""
 
     @torch.no_grad()
-    def sample(self, row: GenerateRowConfig, clips: dict[str, Tensor], ids: list[str]) -> Tensor:
+    def sample(self, row: EvaluationRow, clips: dict[str, Tensor], ids: list[str]) -> Tensor:
         family, net = self.family, self.network(row.weights)
         draws = Draws([(self.config.seed, int(hashlib.sha256(i.encode()).hexdigest()[:12], 16)) for i in ids])
         condition, _ = family.condition(clips, CleanCondition(), torch.zeros(len(ids)), None)
         nothing = family.drop(condition, torch.ones(len(ids), dtype=torch.bool))
         denoise = guided(
-            lambda x, t: family.denoise(net, x, t, condition), lambda x, t: family.denoise(net, x, t, nothing), row.guidance
+            lambda x, t: family.denoise(net, x, t, condition),
+            lambda x, t: family.denoise(net, x, t, nothing),
+            row.settings.guidance,
         )
-        x = self.start(row).sample(family.process, row.M, len(ids), draws)
-        return ddim(denoise, x, family.process, row.M, self.config.generate.steps, family.prediction)
+        M = row.settings.M
+        x = self.start(row.settings.start).sample(family.process, M, len(ids), draws)
+        return ddim(denoise, x, family.process, M, self.config.generate.steps, family.prediction)
 
-    def start(self, row: GenerateRowConfig) -> InitialNoise:
-        if row.start == "analytic":
+    def start(self, kind: str) -> InitialNoise:
+        if kind == "analytic":
             return read_initial_noise(self.config)[0]
         return InitialNoise.standard(self.family.latent_shape)
 

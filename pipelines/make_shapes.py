@@ -52,7 +52,7 @@ class PageMaker:
         for index in plan:
             shape = shape_of(self.seed, self.shapes, index)
             data: bytes | None = encode(shape.render(), self.shapes.fps)
-            if index >= self.shapes.videos:
+            if data and index >= self.shapes.videos:
                 data = damage(data, DAMAGES[(index - self.shapes.videos) % len(DAMAGES)], shape, self.shapes.fps)
             if data is not None:
                 storage.write(storage.join(self.folder, page_dir, f"{shape.videoid}.mp4"), data)
@@ -81,5 +81,3 @@ def damage(data: bytes, kind: str, shape: Shape, fps: int) -> bytes | None:
         "missing": None,
         "no_header": bytes(half) + data[half:],
     }[kind]
-
-

@@ -3,10 +3,15 @@
 import base64
 import html
 import io
+from collections.abc import Callable
 from pathlib import Path
 from string import Template
+from typing import Any
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 from pipelines import storage
 from pipelines.compare import CONFIDENCE, METRICS, Arm, Verdict
@@ -23,6 +28,7 @@ def render(config: Config, arms: dict[str, Arm], verdicts: list[Verdict]) -> str
         title=html.escape(config.tracking.experiment),
         seeds=f"{seeds} seed{'s' if seeds > 1 else ''}",
         confidence=f"{CONFIDENCE:.0%}",
+        static=config.score.static_below,
         table=_table(arms),
         verdicts="\n".join(_verdict(v) for v in verdicts) or "<li>No claims were configured.</li>",
         motion=_figure(_plot_rows, arms, "motion"),
@@ -49,12 +55,8 @@ def _verdict(v: Verdict) -> str:
     return f"<li>{html.escape(v.claim.says)}: <b>{v.word}</b> <span>({html.escape(figures)})</span></li>"
 
 
-def _figure(draw, *arguments) -> str:  # noqa: ANN001, ANN002 - draw(axes, *arguments)
-    import matplotlib
-
+def _figure(draw: Callable[..., None], *arguments: Any) -> str:
     matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
     with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "cil", "font.size": 9}):
         figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
         draw(axes, *arguments)
@@ -64,7 +66,7 @@ def _figure(draw, *arguments) -> str:  # noqa: ANN001, ANN002 - draw(axes, *argu
     return target.getvalue()[target.getvalue().index("<svg") :]
 
 
-def _plot_rows(axes, arms: dict[str, Arm], metric: str) -> None:  # noqa: ANN001
+def _plot_rows(axes: Axes, arms: dict[str, Arm], metric: str) -> None:
     """Every seed a dot, the mean with its interval, and the real clips as a line."""
     shown = [arm for arm in arms.values() if arm.name != REAL]
     for place, arm in enumerate(shown):
@@ -81,26 +83,27 @@ def _plot_rows(axes, arms: dict[str, Arm], metric: str) -> None:  # noqa: ANN001
     axes.set_xlabel(METRICS[metric])
 
 
-def _plot_distribution(axes, arms: dict[str, Arm]) -> None:  # noqa: ANN001
+def _plot_distribution(axes: Axes, arms: dict[str, Arm]) -> None:
     for arm in arms.values():
         motion = np.sort([row["motion"] for seed in arm.runs for row in arm.table(seed)])
-        style = {"color": "black", "linewidth": 2} if arm.name == REAL else {}
+        style: dict[str, Any] = {"color": "black", "linewidth": 2} if arm.name == REAL else {}
         axes.plot(motion, (np.arange(len(motion)) + 1) / len(motion), label=arm.name, **style)
     axes.set_xlabel("motion score of a video")
     axes.set_ylabel("share of videos below")
     axes.legend(fontsize=7)
 
 
-def _plot_loss(axes, config: Config) -> None:  # noqa: ANN001
+def _plot_loss(axes: Axes, config: Config) -> None:
     """The last loss in each bucket of t, of the training rows: the mean over seeds."""
     curves: dict[str, list[list[float]]] = {}
-    fine_tuned = {name: row for name, row in config.training_rows().items() if row.weights} or config.training_rows()
+    rows = config.training_rows()
+    fine_tuned = {name: row.arm for name, row in rows.items() if row.settings.weights}
+    shown = fine_tuned or {name: row.arm for name, row in rows.items()}
     for run in runs(config, "train"):
         name = run.info.run_name
         buckets = sorted((key, value) for key, value in run.data.metrics.items() if key.startswith("loss_t"))
-        if name in fine_tuned and buckets:
-            many = len(config.seeds_of(name.rpartition("-")[0])) > 1 if "-" in name else False
-            curves.setdefault(name.rpartition("-")[0] if many else name, []).append([value for _, value in buckets])
+        if name in shown and buckets:
+            curves.setdefault(shown[name], []).append([value for _, value in buckets])
     for arm, values in sorted(curves.items()):
         if len({len(v) for v in values}) == 1:
             axes.plot(np.linspace(0, 1, len(values[0])), np.mean(values, axis=0), marker=".", label=arm)

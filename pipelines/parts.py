@@ -1,7 +1,7 @@
 """An artifact made in parts over Ray Data: each part a file, whole or absent, whose content is a function of the plan.
 
-What a killed run left is found by its name; only the parts that are missing are made. A part that two workers make at once
-has the same bytes, so nobody needs a lock.
+What a killed run left is found by its name; only the parts that are missing are made. A part that two workers make at
+once has the same bytes, so nobody needs a lock.
 """
 
 import posixpath
@@ -21,7 +21,7 @@ class Part:
 
 
 class Maker(Protocol):
-    """Made once a worker process, then called with a part's plan; answers its bytes, or None and why it cannot be made."""
+    """Made once a worker, then called with a part's plan; answers its bytes, or None and why it cannot be made."""
 
     def __call__(self, plan: Any) -> tuple[bytes | None, str]: ...
 
@@ -49,7 +49,7 @@ def make_parts(
     progress = Progress(label, unit, total, done)
     cluster.connect()
     made = ray.data.from_items([asdict(part) for part in missing], override_num_blocks=len(missing)).map(
-        _PartWriter,
+        _PartWriter,  # type: ignore[arg-type]  # Ray takes a class as well
         fn_constructor_args=(maker, arguments),
         compute=ray.data.ActorPoolStrategy(size=min(workers or cluster.cpus(), len(missing))),
         num_cpus=1,

@@ -14,7 +14,7 @@ from pipelines.cache import open_part
 
 
 class ClipReader:
-    """The clips of one split, numbered 0..len-1 in the order of their ids. Latents stay in the files until asked for."""
+    """The clips of one split, numbered 0..len-1 in the order of their ids. Latents stay in the files till asked for."""
 
     def __init__(self, cache: Manifest, split: str, min_motion: float = 0.0) -> None:
         self._tensors: list[dict[str, Tensor]] = []  # of each part: views of the file, [clips of the part, ...]

@@ -1,5 +1,6 @@
 """What is measured on the generated videos: per video, and per set as the metrics of an evaluate run in MLflow."""
 
+from itertools import chain
 from typing import Any
 
 import safetensors.torch
@@ -31,7 +32,9 @@ def score(config: Config) -> dict[str, Manifest]:
     """Every set of videos scored against the real ones."""
     rows = config.evaluation_rows()
     names = [REAL, *rows]
-    videos = {name: artifact.read_manifest(folder_of(config.out, "videos", name), VIDEOS) for name in [REFERENCE, *names]}
+    videos = {
+        name: artifact.read_manifest(folder_of(config.out, "videos", name), VIDEOS) for name in [REFERENCE, *names]
+    }
     net = _feature_net(config, videos[REFERENCE])
     sets = {name: _plan(config, name, videos[name], videos, net) for name in [REFERENCE, *names]}
 
@@ -44,7 +47,7 @@ def score(config: Config) -> dict[str, Manifest]:
                 for i, lot in enumerate(lots)
             ]
     arguments = {"folders": {name: m.uri for name, m in videos.items()}, "net": net.uri}
-    make_parts(KIND, "videos", sum(parts.values(), []), Scorer, arguments)
+    make_parts(KIND, "videos", [*chain(*parts.values())], Scorer, arguments)
     # The reference first: the Frechet distance is measured to it.
     for name, own in parts.items():
         lines = [line for part in own for line in storage.read_rows(part.uri)]
@@ -65,12 +68,12 @@ def summary(config: Config, ours: list[dict], real: list[dict], reference: list[
     def column(rows: list[dict], name: str) -> Tensor:
         return torch.tensor([row[name] for row in rows], dtype=torch.float64)
 
-    motion = column(ours, "motion")
+    motion, speed = column(ours, "motion"), column(ours, "speed")
     return {
         "motion": float(motion.mean()),
         "motion_error": distribution_error(motion, column(real, "motion")),
-        "speed": float(column(ours, "speed").mean()),
-        "static_share": float((motion < config.score.static_below).double().mean()),
+        "speed": float(speed.mean()),
+        "static_share": float((speed < config.score.static_below).double().mean()),
         "first_frame_error": float(column(ours, "first_frame_error").mean()),
         "frechet": frechet_distance(column(ours, "features"), column(reference, "features")),
         "videos": len(ours),
@@ -127,7 +130,9 @@ def _feature_net(config: Config, reference: Manifest) -> Artifact:
     told = [(line, velocity_of(line["caption"])) for line in _index(reference)]
     told = [(line, velocity) for line, velocity in told if velocity is not None]
     if len(told) < 2:
-        raise UserError("the feature net learns velocities from captions as jobs.make_shapes writes them; these videos have none")
+        raise UserError(
+            "the feature net learns velocities from captions as jobs.make_shapes writes them; these videos have none"
+        )
     frames = torch.stack([decode_all(storage.read(storage.join(reference.uri, line["file"]))) for line, _ in told])
     velocity = config.cache.stride * torch.tensor([v for _, v in told])
     net = train_velocity_net(frames, velocity, config.score.feature_steps, config.seed)
@@ -151,11 +156,11 @@ def _index(videos: Manifest) -> list[dict[str, Any]]:
 def _track(config: Config, name: str, scores: Manifest, videos: Manifest, values: dict[str, float]) -> None:
     run = Run(config, name, "evaluate", scores.fingerprint)
     row = config.evaluation_rows().get(name)
-    trained = config.training_rows().get(row.weights) if row else None
-    arm, seed = (name.rpartition("-")[0], trained.seeds[0]) if row and name not in config.generate.rows else (name, 0)
-    run.parameters({"row": row.model_dump() if row else {"weights": "none: true clips"}, "steps": config.generate.steps})
-    run.parameters({"train": trained.model_dump()} if trained else {})
-    run.tags({"row": name, "arm": arm, "seed": seed, "videos": videos.uri, "scores": scores.uri})
+    if row:
+        trained = config.training_rows().get(row.weights)
+        run.parameters({"row": row.settings.model_dump(), "steps": config.generate.steps})
+        run.parameters({"train": trained.shaping()} if trained else {})
+    run.tags({"row": name, "videos": videos.uri, "scores": scores.uri})
     run.metrics(values)
     run.finish()
     print(f"{KIND}: {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items() if k != "videos"))

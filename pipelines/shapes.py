@@ -1,7 +1,7 @@
 """Small moving shapes: a stand-in for WebVid that anybody can make, in WebVid's own format.
 
-A textured disc on a textured ground, lit from above. Neither the direction nor the speed of the disc can be read off the
-first frame, so a model that copies the image cannot know them: conditional image leakage shows as discs that stand still.
+A textured disc on a textured ground, lit from above. Neither the direction nor the speed of the disc can be read off
+the first frame, so a model that copies the image shows discs that stand still: conditional image leakage.
 """
 
 import re

@@ -1,6 +1,8 @@
 """The one place that talks to MLflow: a study is an experiment, each of its rows a run, found again by fingerprint."""
 
+import contextlib
 import os
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,8 +44,6 @@ class Run:
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
         """Each step has one point: what an earlier attempt logged already is not logged again."""
-        import time
-
         from mlflow.entities import Metric
 
         new = {name: value for name, value in values.items() if step > self._logged(name)}
@@ -62,21 +62,20 @@ class Run:
         return self._last[name]
 
 
-def open_study(config: Config):  # noqa: ANN201 - (MlflowClient, experiment id), without importing mlflow here
+def open_study(config: Config) -> tuple[Any, str]:
+    """An MLflow client, and the id of the study's experiment."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    uri = store_uri(config)
+    uri, name = store_uri(config), config.tracking.experiment
     client = MlflowClient(uri)
-    name = config.tracking.experiment
+    if client.get_experiment_by_name(name) is None:
+        location = f"file://{folder_of(config.out, 'mlartifacts')}" if uri.startswith("sqlite:") else None
+        with contextlib.suppress(MlflowException):  # somebody else may make it at the same time
+            client.create_experiment(name, artifact_location=location)
     experiment = client.get_experiment_by_name(name)
-    if experiment:
-        return client, experiment.experiment_id
-    location = f"file://{folder_of(config.out, 'mlartifacts')}" if uri.startswith("sqlite:") else None
-    try:
-        return client, client.create_experiment(name, artifact_location=location)
-    except MlflowException:  # somebody else made it meanwhile
-        return client, client.get_experiment_by_name(name).experiment_id
+    assert experiment is not None
+    return client, experiment.experiment_id
 
 
 def runs(config: Config, stage: str) -> list[Any]:

@@ -1,12 +1,11 @@
 """Videos from and to bytes. Frames are uint8 [T, H, W, 3] RGB.
 
-Both decoders give the same frames. PyAV is the faster one: packets are looked at first, and those that hold a frame which
-is neither wanted nor referred to by another are never decoded.
+Both decoders give the same frames. PyAV is the faster one: packets are looked at first, and those that hold a frame
+which is neither wanted nor referred to by another are never decoded.
 """
 
-import bisect
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import av
@@ -32,13 +31,15 @@ class Decoder(Protocol):
     count: int
     fps: float
 
+    def __init__(self, data: bytes) -> None: ...
+
     def frames(self, wanted: Sequence[int]) -> np.ndarray: ...
 
 
 class PyAVDecoder:
     def __init__(self, data: bytes) -> None:
         try:
-            container = av.open(io.BytesIO(data))
+            container = av.open(io.BytesIO(data), "r")
             if not container.streams.video:
                 raise BadVideo("no_video_stream", "there is no video stream in it")
             stream = container.streams.video[0]
@@ -47,7 +48,7 @@ class PyAVDecoder:
             raise BadVideo("not_a_video", str(error)) from None
         self._container, self._context = container, stream.codec_context
         self._context.thread_count = 1  # the cores are kept busy by other workers' videos
-        self._pts = sorted(p.pts for p in self._packets if not p.is_discard)
+        self._pts: list[int] = sorted(p.pts for p in self._packets if p.pts is not None and not p.is_discard)
         self._length_size = _avcc_length_size(self._context)
         self.count = len(self._pts)
         self.fps = float(stream.average_rate or 0)
@@ -67,12 +68,11 @@ class PyAVDecoder:
             raise BadVideo("damaged", f"{len(pts) - len(found)} of {len(pts)} frames cannot be decoded")
         return np.stack([found[self._pts[i]] for i in wanted])
 
-    def _decode(self, first: int, wanted: set[int]):  # noqa: ANN202 - a generator of frames
-        keys = [i for i, p in enumerate(self._packets) if p.is_keyframe]
-        # In decoding order a keyframe's pts is not above that of any frame after it.
-        start = bisect.bisect_right([self._packets[i].pts for i in keys], first) - 1
+    def _decode(self, first: int, wanted: set[int]) -> Iterator[av.VideoFrame]:
+        # From the last keyframe that is not after the first wanted frame: none that follows it needs what was before.
+        starts = [i for i, p in enumerate(self._packets) if p.is_keyframe and p.pts is not None and p.pts <= first]
         self._context.flush_buffers()
-        for packet in self._packets[keys[max(start, 0)] if keys else 0 :]:
+        for packet in self._packets[starts[-1] if starts else 0 :]:
             if packet.pts in wanted or not self._unreferenced(packet):
                 yield from self._context.decode(packet)
         yield from self._context.decode(None)

@@ -10,7 +10,7 @@ from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import refuse_other_family
 from pipelines.cluster import folder_of
-from pipelines.config import Config, RowConfig
+from pipelines.config import Config, TrainingRow
 
 KIND = "weights"
 CODE = ("pipelines.finetune", "pipelines.reader", "cil.objectives", "cil.conditioning", "cil.processes", "cil.draws")
@@ -23,17 +23,20 @@ def uri_of(config: Config, row: str) -> str:
     return os.path.abspath(row) if storage.is_local(row) else row
 
 
-def plan_weights(config: Config, name: str, row: RowConfig, cache: Manifest, parents: dict[str, Artifact]) -> Artifact:
+def plan_weights(
+    config: Config, name: str, row: TrainingRow, cache: Manifest, parents: dict[str, Artifact]
+) -> Artifact:
     """The artifact of a row, whose identity holds that of the weights it starts from."""
     parent = None
-    if row.weights in parents:
-        parent = artifact.fingerprint(parents[row.weights].identity)
-    elif row.weights:
-        parent = read_weights(config, row.weights).fingerprint
+    start = row.settings.weights
+    if start in parents:
+        parent = parents[start].fingerprint
+    elif start:
+        parent = read_weights(config, start).fingerprint
     family = config.family.name
     identity = {
         "family": config.family.model_dump(),
-        "row": row.model_dump(exclude={"weights"}),
+        "row": row.shaping(),
         "parent": parent,
         "cache": cache.fingerprint,
         "code": artifact.code(*CODE, f"cil.families.{family}", f"cil.nets.{family}"),
@@ -41,7 +44,9 @@ def plan_weights(config: Config, name: str, row: RowConfig, cache: Manifest, par
     return Artifact(uri_of(config, name), KIND, identity)
 
 
-def write_weights(made: Artifact, family: Family, state: dict[str, Tensor], counts: dict[str, int], **content: Any) -> Manifest:
+def write_weights(
+    made: Artifact, family: Family, state: dict[str, Tensor], counts: dict[str, int], **content: Any
+) -> Manifest:
     files = family.export(state)
     for name, data in files.items():
         storage.write(made.path(name), data)

@@ -1,8 +1,8 @@
 """toy: the smallest honest image-to-video model, which a CPU trains in minutes.
 
-Latents are the four lowest coefficients of a 4x4 block DCT of the brightness: a fixed, invertible stand-in for a VAE that
-keeps most of the variance of smooth pictures. The image enters as a latent concatenated to every frame, as in
-DynamiCrafter and SVD.
+Latents are the four lowest coefficients of a 4x4 block DCT of the brightness: a fixed stand-in for a VAE that keeps
+most of the variance of smooth pictures. The image enters as a latent concatenated to every frame, as in DynamiCrafter
+and SVD.
 """
 
 from collections.abc import Mapping

@@ -8,7 +8,10 @@ FEATURES = 32
 
 
 class VelocityNet(nn.Module):
-    """Three 3-D convolutions; clips of 7 frames or more. uint8 frames [B, T, H, W, 3] -> features [B, FEATURES], velocity [B, 2] in pixels a frame."""
+    """Three 3-D convolutions, for clips of 7 frames or more.
+
+    uint8 frames [B, T, H, W, 3] -> features [B, FEATURES] and velocity [B, 2] (right, down) in pixels a frame.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +35,7 @@ class VelocityNet(nn.Module):
 
 
 def train_velocity_net(frames: Tensor, velocity: Tensor, steps: int, seed: int, batch: int = 32) -> VelocityNet:
-    """Learned from real clips [N, T, H, W, 3] and their velocities [N, 2] (right, down); a function of its arguments."""
+    """Learned from real clips [N, T, H, W, 3] and their velocities [N, 2]; a function of its arguments."""
     if len(frames) < 2:
         raise ValueError(f"{len(frames)} clips with a known velocity: the feature net needs at least 2")
     random = torch.Generator().manual_seed(seed)

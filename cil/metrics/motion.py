@@ -1,5 +1,7 @@
 """How much a video moves: the mean magnitude of its optical flow, by DIS (no weights needed)."""
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,12 +14,15 @@ def motion_score(frames: Tensor) -> float:
     import cv2
 
     if len(frames) < 2 or min(frames.shape[1:3]) < SMALLEST:
-        raise ValueError(f"frames {tuple(frames.shape)}: a motion score needs 2 frames of {SMALLEST}x{SMALLEST} or more")
+        raise ValueError(
+            f"frames {tuple(frames.shape)}: a motion score needs 2 frames of {SMALLEST}x{SMALLEST} or more"
+        )
     cv2.setNumThreads(1)
     flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in np.ascontiguousarray(frames.numpy())]
-    pairs = zip(grey[:-1], grey[1:], strict=True)
-    return float(np.mean([np.linalg.norm(flow.calc(a, b, None), axis=-1).mean() for a, b in pairs]))
+    still = np.zeros((*grey[0].shape, 2), np.float32)  # the flow that DIS starts from
+    flows = [flow.calc(a, b, still.copy()) for a, b in pairwise(grey)]
+    return float(np.mean([np.linalg.norm(f, axis=-1).mean() for f in flows]))
 
 
 def first_frame_error(frames: Tensor, image: Tensor) -> float:

@@ -40,7 +40,7 @@ class ResBlock(nn.Module):
         sequence = rearrange(F.silu(self.norm_time(h)), "(b t) c h w -> (b h w) c t", t=frames)
         height, width = h.shape[-2:]
         mixed = rearrange(self.conv_time(sequence), "(b h w) c t -> (b t) c h w", h=height, w=width)
-        return h + mixed
+        return torch.add(h, mixed)
 
 
 class Attention(nn.Module):
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         sequence = rearrange(self.norm(x) + place, f"{grid} -> {self.pattern}", t=frames)
         q, k, v = rearrange(self.qkv(sequence), "n l (three g d) -> three n g l d", three=3, g=self.heads)
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "n g l d -> n l (g d)")
-        return x + rearrange(self.out(attended), f"{self.pattern} -> {grid}", t=frames, h=height, w=width)
+        return torch.add(x, rearrange(self.out(attended), f"{self.pattern} -> {grid}", t=frames, h=height, w=width))
 
 
 class ToyNet(nn.Module):
@@ -82,9 +82,8 @@ class ToyNet(nn.Module):
         self.fine_out = ResBlock(2 * fine, fine)
         self.fine_out_attention = Attention(fine, over_space=False)
         self.norm = nn.GroupNorm(4, fine)
-        self.head = nn.Conv2d(fine, channels, 3, padding=1, padding_mode="circular")
+        self.head = nn.Conv2d(fine, channels, 3, padding=1, padding_mode="circular", bias=False)
         nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, u: Tensor) -> Tensor:
         frames = x.shape[1]
@@ -97,8 +96,8 @@ class ToyNet(nn.Module):
         up = F.interpolate(self.up(low), scale_factor=2.0, mode="nearest")
         h = self.fine_out(torch.cat([h, up], dim=1), emb, frames)
         h = self.fine_out_attention(h, fine, frames)
-        answer = self.head(F.silu(self.norm(h)))
-        return rearrange(answer, "(b t) c h w -> b t c h w", t=frames)
+        answer: Tensor = rearrange(self.head(F.silu(self.norm(h))), "(b t) c h w -> b t c h w", t=frames)
+        return answer
 
     @staticmethod
     def _places(project: nn.Linear, x: Tensor, frames: int, stride: int) -> Tensor:
@@ -108,4 +107,5 @@ class ToyNet(nn.Module):
         axes[0] = axes[0] / 2  # time does not wrap round
         grid = 2 * torch.pi * torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
         place = project(torch.cat([grid.sin(), grid.cos()], dim=-1).to(x))
-        return rearrange(place.expand(batch, *place.shape), "b t h w c -> (b t) c h w")
+        places: Tensor = rearrange(place.expand(batch, *place.shape), "b t h w c -> (b t) c h w")
+        return places

@@ -1,0 +1,30 @@
+# Every target does its own set-up; the first run takes some minutes, a second one a moment.
+BIN := .venv/bin
+
+.PHONY: help setup paper test check bench clean
+
+help: ## what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+setup: ## .venv with every version pinned
+	@infra/setup.sh
+
+paper: setup ## the whole road once, ending with the table and the page's path
+	@$(BIN)/python -m jobs.paper
+
+test: setup ## all tests
+	@$(BIN)/python -m pytest
+
+check: setup ## format, lint, types, import floors, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict cil
+	$(BIN)/mypy pipelines jobs
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: setup ## all benchmarks, into benchmarks/results.md
+	@$(BIN)/python -m benchmarks
+
+clean: ## what set-up and runs have made
+	rm -rf .venv outputs build *.egg-info .*_cache

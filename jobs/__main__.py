@@ -1,0 +1,20 @@
+"""`cil NAME ...` is `python -m jobs.NAME ...`."""
+
+import runpy
+import sys
+from pathlib import Path
+
+NAMES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in NAMES:
+        print(f"usage: cil NAME [--config FILE] [key=value ...]; `cil NAME --help` says more\nNAME: {', '.join(NAMES)}")
+        sys.exit(0 if name in ("", "-h", "--help") else 2)
+    del sys.argv[1]
+    runpy.run_module(f"jobs.{name}", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
