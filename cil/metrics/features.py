@@ -8,7 +8,7 @@ FEATURES = 32
 
 
 class VelocityNet(nn.Module):
-    """Three 3-D convolutions, for clips of 7 frames or more.
+    """Three 3-D convolutions.
 
     uint8 frames [B, T, H, W, 3] -> features [B, FEATURES] and velocity [B, 2] (right, down) in pixels a frame.
     """
@@ -16,13 +16,13 @@ class VelocityNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv3d(1, 16, (3, 5, 5), stride=(1, 2, 2), padding=(0, 2, 2)),
+            nn.Conv3d(1, 16, (3, 5, 5), stride=(1, 2, 2), padding=(1, 2, 2)),
             nn.GroupNorm(4, 16),
             nn.SiLU(),
-            nn.Conv3d(16, 32, 3, stride=(1, 2, 2), padding=(0, 1, 1)),
+            nn.Conv3d(16, 32, 3, stride=(1, 2, 2), padding=1),
             nn.GroupNorm(4, 32),
             nn.SiLU(),
-            nn.Conv3d(32, FEATURES, 3, padding=(0, 1, 1)),
+            nn.Conv3d(32, FEATURES, 3, padding=1),
             nn.GroupNorm(4, FEATURES),
             nn.SiLU(),
         )

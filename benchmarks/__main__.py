@@ -1,0 +1,65 @@
+"""All benchmarks of this folder, each in its own process, into benchmarks/results.md: `python -m benchmarks`."""
+
+import argparse
+import json
+import os
+import pkgutil
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import benchmarks
+
+FOLDER = Path(__file__).parent
+SOFTWARE = ("torch", "ray", "deepspeed", "av", "decord")
+
+
+def run() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="less of everything; results.md stays as it is")
+    quick = ["--quick"] if parser.parse_args().quick else []
+    rows: list[dict[str, object]] = []
+    failed = []
+    for name in sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]) if module.name != "__main__"):
+        print(f"benchmarks.{name} ...", file=sys.stderr)
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *quick]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=FOLDER.parent, check=False)
+        if done.returncode:
+            failed.append(name)
+        for line in done.stdout.splitlines():
+            rows.append(json.loads(line) | {"command": f"`python -m benchmarks.{name}`"})
+    if not quick and not failed:
+        (FOLDER / "results.md").write_text(_page(rows))
+    if rows:
+        print(benchmarks.table(rows))
+    if failed:
+        print(f"benchmarks: {', '.join(failed)} failed; see above. results.md stays as it was", file=sys.stderr)
+    return len(failed) > 0
+
+
+def _page(rows: list[dict[str, object]]) -> str:
+    return f"""# Benchmarks
+
+Made by `python -m benchmarks` (`make bench`). {(benchmarks.__doc__ or "").partition("\n\n")[2].rpartition("With --json")[0].strip()}
+
+{benchmarks.table(rows)}
+
+Machine: {_machine()}.
+Versions: Python {platform.python_version()}, {", ".join(f"{name} {version(name)}" for name in SOFTWARE)}.
+"""
+
+
+def _machine() -> str:
+    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GiB of memory"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+if __name__ == "__main__":
+    sys.exit(run())

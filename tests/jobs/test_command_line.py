@@ -1,0 +1,73 @@
+"""What a user meets first: help and mistakes, of every job, as a process."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+JOBS = sorted(p.stem for p in (Path(__file__).parents[2] / "jobs").glob("*.py") if not p.stem.startswith("_"))
+SECONDS = 2.0
+
+
+def run(*arguments: str) -> tuple[subprocess.CompletedProcess, float]:
+    """The fastest of two: the machine may be busy."""
+    took = []
+    for _ in range(2):
+        begin = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=60)
+        took.append(time.monotonic() - begin)
+    return done, min(took)
+
+
+def test_there_is_a_job_for_every_station():
+    stations = {"make_shapes", "build_cache", "initial_noise", "finetune", "generate", "score", "compare", "paper"}
+    assert stations == set(JOBS)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_teaches_and_answers_at_once(job):
+    done, seconds = run(f"jobs.{job}", "--help")
+    assert done.returncode == 0
+    assert f"python -m jobs.{job}" in done.stdout
+    assert "keys that this job reads" in done.stdout
+    assert seconds < SECONDS
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_an_unknown_key_is_one_line_exit_2_and_at_once(job):
+    done, seconds = run(f"jobs.{job}", "famly.name=toy")
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"{job}: famly: there is no such key; did you mean family?"
+    assert seconds < SECONDS
+
+
+def test_cil_is_the_short_form(tmp_path):
+    done, _ = run("jobs", "build_cache", f"catalog.csv={tmp_path}/none.csv")
+    assert done.returncode == 2
+    assert f"catalog.csv={tmp_path}/none.csv: there is no such file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_cil_lists_the_jobs():
+    done, _ = run("jobs", "no-such-job")
+    assert done.returncode == 2
+    assert all(job in done.stdout for job in JOBS)
+
+
+@pytest.mark.parametrize(
+    ("job", "artifact"),
+    [
+        ("initial_noise", "latent cache"),
+        ("finetune", "latent cache"),
+        ("generate", "latent cache"),
+        ("score", "videos"),
+    ],
+)
+def test_a_missing_artifact_is_one_line_that_names_the_job_which_makes_it(job, artifact, tmp_path):
+    done, _ = run(f"jobs.{job}", f"out={tmp_path}")
+    assert done.returncode == 2
+    assert done.stderr.strip().count("\n") == 0
+    assert f"the {artifact} at {tmp_path}" in done.stderr
+    assert "run the job that makes it" in done.stderr

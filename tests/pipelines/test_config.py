@@ -1,0 +1,95 @@
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import load
+from pipelines.errors import UserError
+
+PAPER = Path(__file__).parents[2] / "jobs" / "configs" / "paper.yaml"
+
+
+def test_an_override_on_the_command_line_wins_over_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("cache: {stride: 3, views_per_video: 4}")
+    config = load(file, ["cache.stride=2"])
+    assert (config.cache.stride, config.cache.views_per_video) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("cache.strid=2", ["cache.strid", "did you mean stride"]),
+        ("nothing=2", ["nothing", "allowed are", "cache"]),
+        ("cache.stride=two", ["cache.stride", "'two'", "integer"]),
+        ("cache.stride=0", ["cache.stride", "0", "greater than 0"]),
+        ("family.name=svdx", ["family.name", "svdx", "toy"]),
+        ("cache.stride", ["cache.stride", "key=value"]),
+        ("--stride=2", ["--stride=2", "key=value"]),
+        ("finetune.row.batch=7", ["finetune.rows.base.batch=7", "finetune.workers=2"]),
+        ("finetune.row.samples=100", ["samples=100", "multiple of batch=16"]),
+        ("finetune.row.weights=elsewhere", ["weights=elsewhere", "URI"]),
+        ("finetune.rows.base.lrr=1", ["finetune.rows", "lrr", "did you mean lr"]),
+        ("finetune.checkpoint_every=90", ["checkpoint_every=90", "log_every=80"]),
+        ("generate.rows.base.M=1001", ["generate.rows.base.M=1001", "1000"]),
+        ("generate.rows.base.weights=best", ["generate.rows.base.weights=best", "base"]),
+        ("cache.test=0.96", ["cache.validation + cache.test", "below 1"]),
+        ("shapes.max_speed=0.1", ["min_speed=0.5", "max_speed=0.1"]),
+    ],
+)
+def test_a_mistake_is_named_in_one_line_with_what_is_allowed(override, named):
+    with pytest.raises(UserError) as error:
+        load(None, [override])
+    message = str(error.value)
+    assert "\n" not in message
+    assert [part for part in named if part not in message] == [], message
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "just words", "- a list"])
+def test_a_file_that_is_not_a_configuration_is_named(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=str(file)):
+        load(file)
+
+
+def test_a_file_that_is_missing_is_named():
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        load("nowhere.yaml")
+
+
+def test_yaml_tags_cannot_run_code(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"out: !!python/object/apply:os.system ['touch {tmp_path}/ran']")
+    with pytest.raises(UserError, match="not YAML"):
+        load(file)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_rows_take_what_they_do_not_say_from_the_shared_row():
+    rows = load(None, ["finetune.row.lr=0.25", "finetune.rows={base: {}, next: {weights: base, samples: 320}}"])
+    trained = rows.training_rows()
+    assert trained["next"].settings.lr == 0.25
+    assert (trained["base"].settings.samples, trained["next"].settings.samples) == (640, 320)
+
+
+def test_every_seed_is_a_row_of_its_own_and_is_evaluated_as_such():
+    config = load(PAPER)
+    assert [n for n, row in config.training_rows().items() if row.arm == "naive"] == ["naive-11", "naive-12", "naive-13"]
+    evaluated = config.evaluation_rows()
+    assert evaluated["analytic-init-12"].weights == "naive-12"
+    assert evaluated["base"].weights == "base"
+
+
+def test_the_paper_study_has_the_arms_and_at_least_three_paired_seeds():
+    config = load(PAPER)
+    assert {"naive", "early-start", "analytic-init", "constant", "timenoise"} < config.generate.rows.keys()
+    seeds = {arm: [r.seed for r in config.evaluation_rows().values() if r.arm == arm] for arm in config.generate.rows}
+    seeds.pop("base")
+    assert len({tuple(s) for s in seeds.values()}) == 1
+    assert len(seeds["naive"]) >= 3
+
+
+def test_timenoise_and_naive_differ_in_one_word():
+    naive, timenoise = (load(None, [f"finetune.row.conditioning.kind={kind}"]) for kind in ("none", "timenoise"))
+    rows = [c.training_rows()["base"].shaping() for c in (naive, timenoise)]
+    assert [key for key in rows[0] if rows[0][key] != rows[1][key]] == ["conditioning"]

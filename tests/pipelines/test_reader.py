@@ -1,0 +1,24 @@
+import pytest
+
+from pipelines.reader import SampleOrder, lanes
+
+
+def test_every_epoch_sees_every_clip_once_in_an_order_of_its_own():
+    order = SampleOrder(50, seed=3)
+    epochs = [[order(p) for p in range(start, start + 50)] for start in (0, 50, 100)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_order_is_the_same_from_any_position_and_differs_by_seed():
+    whole = [SampleOrder(7, seed=1)(p) for p in range(40)]
+    order = SampleOrder(7, seed=1)
+    assert [order(p) for p in (39, 0, 20, 21)] == [whole[p] for p in (39, 0, 20, 21)]
+    assert whole != [SampleOrder(7, seed=2)(p) for p in range(40)]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_the_ranks_together_read_the_same_batch_whatever_their_number(world):
+    positions = sorted(p for rank in range(world) for p in lanes(48, 16, rank, world))
+    assert positions == list(range(48, 64))
+    assert lanes(48, 16, 0, world) == list(range(48, 64, world))

@@ -1,0 +1,57 @@
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from pipelines import storage
+
+
+def test_what_is_written_is_read_and_listed(tmp_path):
+    uri = str(tmp_path / "a" / "b.bin")
+    storage.write(uri, b"12")
+    assert storage.read(uri) == b"12"
+    assert storage.names(str(tmp_path / "a")) == {"b.bin"}
+    assert storage.names(str(tmp_path / "nowhere")) == set()
+
+
+def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path, monkeypatch):
+    uri = str(tmp_path / "b.bin")
+    storage.write(uri, b"before")
+
+    def disk_full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        storage.write(uri, b"after")
+    assert storage.read(uri) == b"before"
+    assert storage.names(str(tmp_path)) == {"b.bin"}
+
+
+def _write_for_ever(uri: str) -> None:
+    while True:
+        for byte in (b"a", b"b"):
+            storage.write(uri, byte * 5_000_000)
+
+
+def test_a_writer_that_is_killed_leaves_a_whole_file(tmp_path):
+    uri = str(tmp_path / "b.bin")
+    storage.write(uri, b"a" * 5_000_000)
+    for _ in range(3):
+        writer = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(uri,))
+        writer.start()
+        before = os.stat(uri).st_ino
+        while os.stat(uri).st_ino == before:  # until it is in the middle of writing
+            pass
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        data = storage.read(uri)
+        assert len(data) == 5_000_000
+        assert len(set(data)) == 1
+
+
+def test_rows_go_to_json_lines_and_back(tmp_path):
+    rows = [{"a": 1, "b": "ä\n"}, {"a": 2.5, "b": None}]
+    storage.write_rows(str(tmp_path / "t.jsonl"), rows)
+    assert storage.read_rows(str(tmp_path / "t.jsonl")) == rows

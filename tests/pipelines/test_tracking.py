@@ -1,0 +1,51 @@
+import pytest
+from mlflow import MlflowClient
+
+from pipelines.config import load
+from pipelines.tracking import Run, runs, store_uri
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return load(None, [f"out={tmp_path_factory.mktemp('tracking')}", "tracking.experiment=study"])
+
+
+def points(config, run: Run, name: str) -> list[tuple[int, float]]:
+    history = MlflowClient(store_uri(config)).get_metric_history(run.id, name)
+    return [(m.step, m.value) for m in history]
+
+
+def test_a_resumed_run_is_the_same_run_and_logs_each_step_once(config):
+    first = Run(config, "row", "train", "print-1")
+    first.parameters({"row": {"lr": 0.1}})
+    for step in (10, 20, 30):
+        first.metrics({"loss": 1 / step}, step)
+    # Killed here; the checkpoint was of step 10, so 20 and 30 come again.
+    again = Run(config, "row", "train", "print-1")
+    again.parameters({"row": {"lr": 0.1}})
+    for step in (20, 30, 40):
+        again.metrics({"loss": 1 / step}, step)
+    assert again.id == first.id
+    assert points(config, again, "loss") == [(s, 1 / s) for s in (10, 20, 30, 40)]
+
+
+def test_another_fingerprint_is_another_run(config):
+    assert Run(config, "row", "train", "print-2").id != Run(config, "row", "train", "print-3").id
+
+
+def test_runs_are_found_by_stage(config):
+    Run(config, "set", "evaluate", "print-4").finish()
+    found = runs(config, "evaluate")
+    assert [run.info.run_name for run in found] == ["set"]
+    assert found[0].info.status == "FINISHED"
+
+
+def test_nested_parameters_are_logged_under_dotted_names(config):
+    run = Run(config, "row", "train", "print-5")
+    run.parameters({"row": {"conditioning": {"kind": "timenoise"}}})
+    assert MlflowClient(store_uri(config)).get_run(run.id).data.params == {"row.conditioning.kind": "timenoise"}
+
+
+def test_the_store_stands_beside_the_artifacts_unless_a_server_is_named(tmp_path):
+    assert store_uri(load(None, [f"out={tmp_path}"])) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert store_uri(load(None, ["tracking.uri=http://127.0.0.1:5000"])) == "http://127.0.0.1:5000"
