@@ -1,9 +1,11 @@
 """Benchmarks: `python -m benchmarks.NAME [--json] [--quick]` runs one, `python -m benchmarks` all into results.md.
 
 A row sets ours beside a peer, measured in the same run and in turn, because machines are shared and their speed drifts.
-`ratio` says how many times better ours is: ours / peer for a rate (the unit has "/s"), peer / ours for a time. It is the
-median over rounds of the ratio within a round, so it differs a little from the quotient of the two medians shown.
+`ratio` says how many times better ours is: ours / peer for a rate (the unit has "/s"), peer / ours for a time. It is
+the median over rounds of the ratio within a round, so it differs a little from the quotient of the medians shown.
 `limit` is what ours could reach at best, in the same unit; a row whose peer is the limit says how near we are.
+`goal` is the least ratio that is good enough.
+
 With --json each row is one line: name, ours, peer, limit, unit, ratio, goal, met; limit, goal and met may be null.
 """
 
@@ -25,7 +27,7 @@ class Row:
     limit: float | None
     unit: str
     ratio: float
-    goal: float | None = None  # the least ratio that is good enough
+    goal: float | None = None
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self) | {"met": None if self.goal is None else self.ratio >= self.goal}

@@ -40,14 +40,16 @@ def run() -> int:
 
 
 def _page(rows: list[dict[str, object]]) -> str:
+    meaning = (benchmarks.__doc__ or "").split("\n\n")[1]
+    software = ", ".join(f"{name} {version(name)}" for name in SOFTWARE)
     return f"""# Benchmarks
 
-Made by `python -m benchmarks` (`make bench`). {(benchmarks.__doc__ or "").partition("\n\n")[2].rpartition("With --json")[0].strip()}
+Made by `make bench`. {meaning}
 
 {benchmarks.table(rows)}
 
-Machine: {_machine()}.
-Versions: Python {platform.python_version()}, {", ".join(f"{name} {version(name)}" for name in SOFTWARE)}.
+- Machine: {_machine()}
+- Versions: Python {platform.python_version()}, {software}
 """
 
 

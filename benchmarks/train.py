@@ -4,26 +4,26 @@
 
 The stack is that of jobs.finetune: Ray Train, DeepSpeed ZeRO-1, the latent cache, draws of each sample's own, averaged
 weights, and MLflow in SQLite; its times are the points that it logs, but for the first ones. Checkpoints are left out.
-The bare loop has the same network, objective, optimiser and clipping, and its batches in memory. Fits and loops run in
-turn, and both are timed over as many samples at a time.
+The bare loop has the same network, objective, optimiser and clipping, and its batches in memory. It takes as many steps
+in the same worker after each point, so that both see the same machine.
 """
 
 import os
 import tempfile
 import time
 from statistics import median
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
 from benchmarks import Row, main, paired
-from cil import Draws, Objective, families
-from pipelines import tracking
-from pipelines.cache import build_cache, read_cache
-from pipelines.config import Config, load
-from pipelines.finetune import finetune
+from cil import Draws, Objective
+from pipelines import finetune, tracking
+from pipelines.cache import build_cache
+from pipelines.config import load
 from pipelines.make_shapes import make_shapes
-from pipelines.reader import ClipReader
 
 WARM_UP = 2  # points
 
@@ -31,59 +31,73 @@ WARM_UP = 2  # points
 def measure(quick: bool) -> list[Row]:
     import ray
 
-    stack, bare = [], []  # ms a step, the median of each fit
+    samples = 640 if quick else 2400
+    settings = ["shapes.videos=200", "shapes.damaged=0", "family.preset=small", "finetune.workers=1"]
+    settings += [f"finetune.row.samples={samples}", f"finetune.checkpoint_every={samples}"]
     with tempfile.TemporaryDirectory(prefix="cil-") as folder:
+        config = load(None, [f"out={folder}", *settings])
         os.environ |= {"RAY_ADDRESS": "local", "RAY_TMPDIR": folder}  # a Ray of our own, whatever else runs here
         try:
-            make_shapes(_config(folder, "data", quick))
-            build_cache(_config(folder, "data", quick))
-            for fit in range(1 if quick else 4):
-                config = _config(folder, f"fit-{fit}", quick)
-                finetune(config)
-                stack.append(median(_logged(config)))
-                bare.append(median(_bare(config, len(_logged(config)))))
-                print(f"stack {stack[-1]:.1f}, bare {bare[-1]:.1f} ms a step")
+            make_shapes(config)
+            build_cache(config)
+            with mock.patch.object(finetune, "train_rows", train_in_turn):
+                finetune.finetune(config)
         finally:
             ray.shutdown()
+        client, _ = tracking.open_study(config)
+        run = tracking.runs(config, "train")[0].info.run_id
+        stack, bare = (_ms_a_step(client.get_metric_history(run, name), config.finetune.row.batch) for name in RATES)
     return [Row("train: bare PyTorch", median(stack), median(bare), None, "ms a step", paired(bare, stack), 0.95)]
 
 
-def _config(out: str, row: str, quick: bool) -> Config:
-    samples = 640 if quick else 1600
-    small = ["shapes.videos=200", "shapes.damaged=0", "family.preset=small", "finetune.workers=1"]
-    fit = [f"finetune.rows={{{row}: {{samples: {samples}}}}}", f"finetune.checkpoint_every={samples}"]
-    return load(None, [f"out={out}", *small, *fit])
+RATES = ("samples_per_second", "bare_samples_per_second")
 
 
-def _logged(config: Config) -> list[float]:
-    """Milliseconds a step of the newest run, from its points."""
-    client, _ = tracking.open_study(config)
-    points = client.get_metric_history(tracking.runs(config, "train")[0].info.run_id, "samples_per_second")
-    batch = config.finetune.row.batch
+def _ms_a_step(points: list[Any], batch: int) -> list[float]:
     return [1000 * batch / point.value for point in sorted(points, key=lambda point: point.step)[WARM_UP:]]
 
 
-def _bare(config: Config, points: int) -> list[float]:
-    """Milliseconds a step of a plain loop."""
-    torch.set_num_threads(1)
-    row, family = config.finetune.row, families.load(**config.family.model_dump())
-    clips = ClipReader(read_cache(config), "train")
-    batches = [clips.batch([(i + k) % len(clips) for k in range(row.batch)]) for i in range(0, len(clips), row.batch)]
-    draws = Draws([(0, k) for k in range(row.batch)])
-    net, objective = family.network(seed=0), Objective()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=row.lr)
-    steps = config.finetune.log_every // row.batch
-    found = []
-    for point in range(WARM_UP + points):
+def train_in_turn(loop: dict[str, Any]) -> None:
+    """What the Ray Train worker runs: jobs.finetune's loop, and after each point of its curves the bare one."""
+    with mock.patch.object(finetune, "RowTrainer", WithBare):
+        finetune.train_rows(loop)
+
+
+class WithBare(finetune.RowTrainer):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.bare = Bare(self)
+
+    def log(self) -> None:
+        super().log()
         begin = time.perf_counter()
-        for step in range(steps):
-            batch = batches[(point * steps + step) % len(batches)]
-            objective(family, net, batch, draws).loss.mean().backward()
-            nn.utils.clip_grad_norm_(net.parameters(), row.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        found.append(1000 * (time.perf_counter() - begin) / steps)
-    return found[WARM_UP:]
+        rate = self.bare.samples_per_second(self.config.finetune.log_every)
+        self.run.metrics({RATES[1]: rate}, self.samples)
+        self.curve.begin += time.perf_counter() - begin  # none of this is the stack's
+
+
+class Bare:
+    """A plain loop."""
+
+    def __init__(self, stack: finetune.RowTrainer) -> None:
+        self.row, self.family = stack.row, stack.family
+        clips = [
+            list(range(i, i + self.row.batch)) for i in range(0, len(stack.clips) - self.row.batch, self.row.batch)
+        ]
+        self.batches = [stack.clips.batch(numbers) for numbers in clips]
+        self.draws = Draws([(stack.seed, k) for k in range(self.row.batch)])
+        self.net, self.objective = self.family.network(stack.seed), Objective()
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=self.row.lr)
+
+    def samples_per_second(self, samples: int) -> float:
+        begin = time.perf_counter()
+        for step in range(samples // self.row.batch):
+            batch = self.batches[step % len(self.batches)]
+            self.objective(self.family, self.net, batch, self.draws).loss.mean().backward()
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.row.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return samples / (time.perf_counter() - begin)
 
 
 if __name__ == "__main__":

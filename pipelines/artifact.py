@@ -1,7 +1,7 @@
 """An artifact is a folder at a URI, whole or absent: its manifest is written last, and a finished one never changes.
 
-`plan.json` is written first. It keeps the identity of what is being made, so that a run with another configuration
-never mixes with what an interrupted one left.
+`plan.json` is written when the work begins. It keeps the identity of what is being made, so that a run with another
+configuration never mixes with what an interrupted one left.
 """
 
 import hashlib
@@ -51,14 +51,18 @@ class Artifact:
         self.identity = json.loads(json.dumps(identity))
         self.fingerprint: str = self._header()["fingerprint"]
         plan_uri = storage.join(uri, "plan.json")
-        if storage.exists(plan_uri):
+        self._begun = storage.exists(plan_uri)
+        if self._begun:
             self._refuse_other(json.loads(storage.read(plan_uri)))
-        else:
-            storage.write(plan_uri, json.dumps(self._header(), indent=1).encode())
         self.finished = storage.exists(storage.join(uri, "manifest.json"))
 
     def path(self, *names: str) -> str:
         return storage.join(self.uri, *names)
+
+    def begin(self) -> None:
+        """From here on the folder is this configuration's; called when all that can be refused has been."""
+        if not self._begun:
+            storage.write(self.path("plan.json"), json.dumps(self._header(), indent=1).encode())
 
     def finish(self, counts: dict[str, int], **content: Any) -> Manifest:
         software = {name: version(name) for name in SOFTWARE}

@@ -62,6 +62,7 @@ def build_cache(config: Config) -> Manifest:
         print(f"{KIND}: {cache.uri} is finished; nothing to do")
         return cache.manifest()
 
+    cache.begin()
     views = config.cache.views_per_video
     lots = enumerate(chunks(catalog.videos, config.cache.videos_per_part))
     parts = [
@@ -135,10 +136,10 @@ class PartMaker:
             )
         if video.duplicate:
             raise BadVideo("duplicate_id", "an earlier row of the csv has this videoid")
-        for path in video.paths(self.folder):
+        for path in (storage.join(self.folder, name) for name in video.paths):
             if storage.exists(path):
                 return storage.read(path)
-        raise BadVideo("missing", f"no file at {' or '.join(video.paths(self.folder))}")
+        raise BadVideo("missing", f"there is no {' or '.join(video.paths)} in the folder of videos")
 
     def _decode(self, video: Video, data: bytes) -> list[tuple[torch.Tensor, list[int], float]]:
         """Frames, source indices and source fps of every view; the video's frames are decoded once for all views."""

@@ -25,10 +25,11 @@ class Video:
         parts = [self.videoid, *self.page_dir.split("/")] if self.page_dir else [self.videoid]
         return all(p not in ("", ".", "..") and "/" not in p and "\\" not in p and "\0" not in p for p in parts)
 
-    def paths(self, folder: str) -> list[str]:
-        """Where the file may stand, the likelier place first."""
-        flat = storage.join(folder, f"{self.videoid}.mp4")
-        return [storage.join(folder, self.page_dir, f"{self.videoid}.mp4"), flat] if self.page_dir else [flat]
+    @property
+    def paths(self) -> list[str]:
+        """Where the file may stand in the folder of videos, the likelier place first."""
+        flat = f"{self.videoid}.mp4"
+        return [storage.join(self.page_dir, flat), flat] if self.page_dir else [flat]
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ def compare(config: Config) -> Manifest:
     made = Artifact(folder_of(config.out, "comparison", name), KIND, identity)
     table = markdown(arms, verdicts)
     if not made.finished:
+        made.begin()
         page = render(config, arms, verdicts)
         storage.write(made.path("table.md"), table.encode())
         storage.write(made.path("index.html"), page.encode())

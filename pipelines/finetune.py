@@ -53,6 +53,8 @@ def finetune(config: Config) -> dict[str, Manifest]:
     cluster.connect()
     cluster.refuse_unplaceable(config.finetune.workers, config.finetune.gpu)
     cluster.refuse_local_store(store_uri(config))
+    for name in missing:
+        made[name].begin()
     _fit(config, missing)
     return {name: each.manifest() for name, each in made.items()}
 

@@ -44,6 +44,7 @@ def generate(config: Config) -> dict[str, Manifest]:
     parts = {}
     for name, made in sets.items():
         if not made.finished:
+            made.begin()
             lots = chunks(chosen.get(name, chosen[REAL]), config.generate.clips_per_part)
             parts[name] = [
                 Part(

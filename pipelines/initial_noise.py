@@ -26,6 +26,7 @@ def make_initial_noise(config: Config) -> Manifest:
     moments = read_moments(cache)
     if moments.count < 2:
         raise UserError(f"the cache at {cache.uri} has {moments.count} training clips: a variance needs at least 2")
+    noise.begin()
     initial = InitialNoise.from_moments(moments)
     storage.write(noise.path(FILE), initial.to_bytes(cache=cache.fingerprint, family=config.family.name))
     shown = f"E[X0] mean {initial.mean.mean():+.4f}, tr(Cov)/d {initial.variance:.4f}"

@@ -41,6 +41,7 @@ def score(config: Config) -> dict[str, Manifest]:
     parts: dict[str, list[Part]] = {}
     for name, made in sets.items():
         if not made.finished:
+            made.begin()
             lots = chunks(_index(videos[name]), VIDEOS_PER_PART)
             parts[name] = [
                 Part(made.path("parts", f"part-{i:05d}.jsonl"), {"set": name, "lines": lot}, len(lot))
@@ -133,6 +134,7 @@ def _feature_net(config: Config, reference: Manifest) -> Artifact:
         raise UserError(
             "the feature net learns velocities from captions as jobs.make_shapes writes them; these videos have none"
         )
+    made.begin()
     frames = torch.stack([decode_all(storage.read(storage.join(reference.uri, line["file"]))) for line, _ in told])
     velocity = config.cache.stride * torch.tensor([v for _, v in told])
     net = train_velocity_net(frames, velocity, config.score.feature_steps, config.seed)

@@ -14,16 +14,22 @@ def uri(tmp_path) -> str:
     return str(tmp_path / "cache")
 
 
+def finished(uri: str, counts=None, **content):
+    made = Artifact(uri, "latent cache", IDENTITY)
+    made.begin()
+    return made.finish(counts or {}, **content)
+
+
 def test_without_a_manifest_an_artifact_is_unfinished_and_readers_say_so(uri):
     with pytest.raises(UserError, match=r"does not exist.*jobs\.build_cache"):
         artifact.read_manifest(uri, "latent cache")
-    Artifact(uri, "latent cache", IDENTITY)
+    Artifact(uri, "latent cache", IDENTITY).begin()
     with pytest.raises(UserError, match="unfinished"):
         artifact.read_manifest(uri, "latent cache")
 
 
 def test_a_finished_artifact_is_found_finished_by_the_next_run(uri):
-    made = Artifact(uri, "latent cache", IDENTITY).finish({"clips": 2}, parts=["a"])
+    made = finished(uri, {"clips": 2}, parts=["a"])
     again = Artifact(uri, "latent cache", IDENTITY)
     assert again.finished
     assert again.manifest() == made
@@ -31,13 +37,13 @@ def test_a_finished_artifact_is_found_finished_by_the_next_run(uri):
 
 
 def test_another_configuration_never_mixes_and_the_field_that_differs_is_named(uri):
-    Artifact(uri, "latent cache", IDENTITY)
+    Artifact(uri, "latent cache", IDENTITY).begin()
     with pytest.raises(UserError, match=r"cache\.stride was 1, is 2.*`out`"):
         Artifact(uri, "latent cache", {"cache": {"stride": 2, "seed": 3}, "code": "abc"})
 
 
 def test_another_kind_of_artifact_is_refused(uri):
-    Artifact(uri, "latent cache", IDENTITY).finish({})
+    finished(uri)
     with pytest.raises(UserError, match="latent cache, not a videos"):
         Artifact(uri, "videos", IDENTITY)
     with pytest.raises(UserError, match="wanted is a videos"):
@@ -45,7 +51,7 @@ def test_another_kind_of_artifact_is_refused(uri):
 
 
 def test_another_schema_version_is_refused(uri):
-    Artifact(uri, "latent cache", IDENTITY).finish({})
+    finished(uri)
     path = storage.join(uri, "manifest.json")
     body = json.loads(storage.read(path)) | {"schema_version": 99}
     storage.write(path, json.dumps(body).encode())
@@ -54,10 +60,17 @@ def test_another_schema_version_is_refused(uri):
 
 
 def test_the_manifest_says_which_software_made_it(uri):
-    Artifact(uri, "latent cache", IDENTITY).finish({})
-    assert {"torch", "ray", "deepspeed"} <= json.loads(storage.read(storage.join(uri, "manifest.json")))["software"].keys()
+    finished(uri)
+    assert {"torch", "ray", "deepspeed"} <= json.loads(storage.read(storage.join(uri, "manifest.json")))[
+        "software"
+    ].keys()
 
 
 def test_the_fingerprint_does_not_depend_on_the_order_of_keys():
     assert artifact.fingerprint({"a": 1, "b": 2}) == artifact.fingerprint({"b": 2, "a": 1})
     assert artifact.fingerprint({"a": 1}) != artifact.fingerprint({"a": 2})
+
+
+def test_looking_at_an_artifact_that_is_not_begun_leaves_no_trace(uri, tmp_path):
+    Artifact(uri, "latent cache", IDENTITY)
+    assert list(tmp_path.iterdir()) == []

@@ -74,7 +74,11 @@ def test_rows_take_what_they_do_not_say_from_the_shared_row():
 
 def test_every_seed_is_a_row_of_its_own_and_is_evaluated_as_such():
     config = load(PAPER)
-    assert [n for n, row in config.training_rows().items() if row.arm == "naive"] == ["naive-11", "naive-12", "naive-13"]
+    assert [n for n, row in config.training_rows().items() if row.arm == "naive"] == [
+        "naive-11",
+        "naive-12",
+        "naive-13",
+    ]
     evaluated = config.evaluation_rows()
     assert evaluated["analytic-init-12"].weights == "naive-12"
     assert evaluated["base"].weights == "base"

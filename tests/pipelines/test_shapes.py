@@ -7,7 +7,13 @@ from pipelines.shapes import Shape, velocity_of
 
 
 def shape(**changes) -> Shape:
-    return Shape(**({"seed": 0, "index": 5, "frames": 12, "size": 32, "moving": True} | {"min_speed": 0.5, "max_speed": 2.5} | changes))
+    return Shape(
+        **(
+            {"seed": 0, "index": 5, "frames": 12, "size": 32, "moving": True}
+            | {"min_speed": 0.5, "max_speed": 2.5}
+            | changes
+        )
+    )
 
 
 def test_a_video_is_a_function_of_its_seed_and_number():

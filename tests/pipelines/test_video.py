@@ -96,7 +96,9 @@ def audio_only() -> bytes:
 
 
 @pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS.keys())
-@pytest.mark.parametrize("data", [b"", b"\0", b"<html>404</html>" * 50, video(textured(8))[:900]], ids=["empty", "nul", "text", "cut"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\0", b"<html>404</html>" * 50, video(textured(8))[:900]], ids=["empty", "nul", "text", "cut"]
+)
 def test_what_is_not_a_video_is_said_to_be_none(decoder, data):
     with pytest.raises(BadVideo) as error:
         decoder(data)

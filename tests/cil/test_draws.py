@@ -1,0 +1,87 @@
+"""Random numbers of which each sample has its own stream."""
+
+import pytest
+import torch
+
+from cil import Draws
+from cil.draws import normal_like, stream_seed
+
+KEYS = [(3, i) for i in range(5)]
+
+
+def all_kinds(draws: Draws) -> list[torch.Tensor]:
+    return [draws.integers(1000), draws.normal(2, 3), draws.uniform(), draws.normal(4)]
+
+
+def test_a_samples_numbers_are_the_same_alone_and_in_any_batch():
+    together = all_kinds(Draws(KEYS))
+    turned = all_kinds(Draws(KEYS[::-1]))
+    for i, key in enumerate(KEYS):
+        for whole, back, alone in zip(together, turned, all_kinds(Draws([key])), strict=True):
+            assert torch.equal(whole[i], alone[0])
+            assert torch.equal(back[len(KEYS) - 1 - i], alone[0])
+
+
+def test_numbers_come_from_the_key_and_not_from_torchs_global_state():
+    torch.manual_seed(1)
+    first = Draws(KEYS).normal(8)
+    torch.manual_seed(2)
+    state = torch.random.get_rng_state()
+    assert torch.equal(Draws(KEYS).normal(8), first)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_stream_goes_on_rather_than_starting_again():
+    draws = Draws(KEYS)
+    assert not torch.equal(draws.normal(8), draws.normal(8))
+
+
+def test_neighbouring_seeds_and_positions_share_nothing():
+    keys = [(seed, position) for seed in range(20) for position in range(50)]
+    assert len({stream_seed(*key) for key in keys}) == len(keys)
+    eps = Draws(keys).normal(200).double()
+    correlation = torch.corrcoef(eps)[~torch.eye(len(keys), dtype=torch.bool)]
+    # 5e5 pairs of 200 numbers each: a correlation has a deviation of 1 / sqrt(200), and 6.5 of them are 1 in 2e4 runs.
+    assert correlation.abs().max() < 6.5 / 200**0.5
+    assert float(correlation.std()) == pytest.approx(1 / 200**0.5, rel=0.05)
+
+
+def test_seeds_use_all_64_bits():
+    seeds = [stream_seed(0, i) for i in range(2000)]
+    ones = torch.tensor([[seed >> bit & 1 for bit in range(64)] for seed in seeds]).double().mean(0)
+    assert ((ones - 0.5).abs() < 5 * 0.5 / 2000**0.5).all()
+
+
+def test_integers_are_uniform_and_below_the_bound():
+    drawn = Draws([(0, i) for i in range(5000)]).integers(10)
+    counts = torch.bincount(drawn, minlength=10)
+    assert len(counts) == 10
+    assert ((counts - 500).abs() < 5 * (5000 * 0.1 * 0.9) ** 0.5).all()
+
+
+def test_uniform_and_normal_numbers_have_their_moments():
+    draws = Draws([(0, i) for i in range(100)])
+    uniform, normal = draws.uniform(1000), draws.normal(1000)
+    assert uniform.min() >= 0
+    assert uniform.max() < 1
+    # 1e5 numbers, five standard errors.
+    assert float(uniform.mean()) == pytest.approx(0.5, abs=5 * (1 / 12) ** 0.5 / 1e5**0.5)
+    assert float(normal.mean()) == pytest.approx(0, abs=5 / 1e5**0.5)
+    assert float(normal.var()) == pytest.approx(1, abs=5 * (2 / 1e5) ** 0.5)
+
+
+def test_every_draw_has_the_batch_first():
+    draws = Draws(KEYS)
+    assert len(draws) == 5
+    shapes = [tuple(x.shape) for x in (draws.normal(2, 3), draws.uniform(), draws.integers(7))]
+    assert shapes == [(5, 2, 3), (5,), (5,)]
+
+
+def test_normals_take_shape_and_type_from_their_model_and_numbers_from_their_source():
+    like = torch.zeros(5, 2, 3, dtype=torch.float64)
+    from_draws = normal_like(like, Draws(KEYS))
+    assert torch.equal(from_draws, Draws(KEYS).normal(2, 3).double())
+    from_generator = [normal_like(like, torch.Generator().manual_seed(4)) for _ in range(2)]
+    assert torch.equal(*from_generator)
+    assert from_generator[0].shape == like.shape
+    assert from_generator[0].dtype == torch.float64

@@ -1,0 +1,310 @@
+"""Each job's artifact after one walk of the whole road: real videos, real Ray, real DeepSpeed, real MLflow."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import safetensors.torch
+import torch
+from mlflow import MlflowClient
+
+from cil import InitialNoise, Moments, families
+from cil.metrics.motion import motion_score
+from jobs import paper
+from pipelines import cache, generate, score, storage
+from pipelines.artifact import read_manifest
+from pipelines.cluster import folder_of
+from pipelines.config import load
+from pipelines.errors import UserError
+from pipelines.finetune import finetune
+from pipelines.initial_noise import FILE, make_initial_noise
+from pipelines.reader import ClipReader
+from pipelines.shapes import velocity_of
+from pipelines.tracking import runs, store_uri
+from pipelines.video import decode_all
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def clips(road) -> pd.DataFrame:
+    """Every row of the cache, read as the documentation says."""
+    return pd.concat([pd.read_feather(path) for path in sorted(Path(road.out, "cache/parts").glob("*.arrow"))])
+
+
+def rejects(road) -> pd.DataFrame:
+    return pd.read_json(Path(road.out, "cache/rejects.jsonl"), lines=True, dtype={"videoid": str})
+
+
+def test_the_data_set_is_in_webvids_format(road):
+    table = pd.read_csv(Path(road.out, "shapes/videos.csv"), dtype=str)
+    assert list(table.columns) == ["videoid", "contentUrl", "duration", "page_dir", "name"]
+    assert len(table) == 120
+    present = [Path(road.out, "shapes/videos", r.page_dir, f"{r.videoid}.mp4").exists() for r in table.itertuples()]
+    assert sum(present) == 119  # one of the six damaged ones never arrived
+
+
+def test_rows_in_are_rows_out_and_rejects_and_each_damaged_video_is_a_row_with_its_reason(road, clips):
+    counts = cache.read_cache(road).counts
+    assert counts == {"planned": 240, "clips": 228, "rejected": 12, "rejected_videos": 6}
+    assert len(clips) == 228
+    assert clips.clip_id.is_unique
+    table = rejects(road)
+    assert sorted(table.reason) == ["missing", "not_a_video", "not_a_video", "not_a_video", "not_a_video", "too_short"]
+    assert table.clips.sum() == 12
+    assert not set(table.videoid) & set(clips.videoid)
+
+
+def test_a_cached_clip_is_what_encoding_its_frames_gives(road, clips):
+    family = families.load(**road.family.model_dump())
+    row = clips.iloc[17]
+    path = next(Path(road.out, "shapes/videos").glob(f"*/{row.videoid}.mp4"))
+    frames = decode_all(path.read_bytes())[list(row.frame_indices)]
+    latents = np.frombuffer(row.latents, np.float16).reshape(family.latent_shape)
+    np.testing.assert_array_equal(latents, family.encode(frames[None])["latents"][0].numpy())
+    assert row.motion == pytest.approx(motion_score(frames))
+    assert row.caption.startswith("a disc")
+
+
+def test_all_views_of_a_video_are_in_one_split_and_the_shares_are_as_configured(clips):
+    assert (clips.groupby("videoid").split.nunique() == 1).all()
+    shares = clips.split.value_counts(normalize=True)
+    assert shares["test"] == pytest.approx(0.3, abs=0.12)
+    assert set(shares.index) == {"train", "validation", "test"}
+
+
+def test_the_reader_gives_the_clips_of_a_split_that_move_enough(road, clips):
+    reader = ClipReader(cache.read_cache(road), "train", min_motion=0.06)
+    wanted = clips[(clips.split == "train") & (clips.motion >= 0.06)].set_index("clip_id")
+    assert reader.ids == sorted(wanted.index)
+    assert 0 < len(reader) < (clips.split == "train").sum()
+    batch = reader.batch([5, 0])["latents"]
+    np.testing.assert_array_equal(batch[0].numpy().tobytes(), wanted.loc[reader.ids[5]].latents)
+
+
+def test_the_initial_noise_is_a_two_pass_float64_over_the_training_latents(road, clips):
+    latents = np.stack([np.frombuffer(b, np.float16) for b in clips[clips.split == "train"].latents]).astype(np.float64)
+    noise = InitialNoise.from_bytes(Path(road.out, "initial_noise", FILE).read_bytes())
+    np.testing.assert_allclose(noise.mean.numpy().ravel(), latents.mean(0), rtol=1e-12, atol=1e-14)
+    assert noise.variance == pytest.approx(latents.var(0).mean(), rel=1e-12)
+    assert noise.count == len(latents)
+
+
+def test_a_part_holds_the_moments_of_its_own_training_clips(road):
+    manifest = cache.read_cache(road)
+    part = manifest.content["parts"][2]["name"]
+    with cache.open_part(manifest, part) as reader:
+        table = reader.read_all().to_pandas()
+        moments = Moments.from_bytes(reader.schema.metadata[b"moments"])
+    assert moments.count == (table.split == "train").sum()
+
+
+def test_every_row_of_the_study_has_weights_and_a_run_of_its_own(road):
+    rows = road.training_rows()
+    assert sorted(p.name for p in Path(road.out, "weights").iterdir()) == sorted(rows)
+    found = {run.info.run_name: run for run in runs(road, "train")}
+    assert found.keys() == rows.keys()
+    for name, run in found.items():
+        assert run.info.status == "FINISHED"
+        assert run.data.params["row.seed"] == str(rows[name].seed)
+        assert run.data.params["row.conditioning.kind"] == rows[name].settings.conditioning.kind
+        assert run.data.params["cache"] == cache.read_cache(road).fingerprint
+        assert "world_size" not in run.data.params
+        assert run.data.tags["cil.world_size"] == "2"
+        assert {"loss", "loss_t000", "loss_t900", "samples_per_second"} <= run.data.metrics.keys()
+
+
+def test_a_curve_has_a_point_for_each_interval_of_samples(road):
+    client = MlflowClient(store_uri(road))
+    run = next(run for run in runs(road, "train") if run.info.run_name == "base")
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [32, 64, 96, 128, 160, 192]
+
+
+def test_fine_tuning_starts_from_the_weights_it_names_and_the_arms_part_ways(road):
+    def tensors(row: str) -> torch.Tensor:
+        state = safetensors.torch.load_file(Path(road.out, "weights", row, "toy.safetensors"))
+        return torch.cat([v.flatten() for v in state.values()])
+
+    base, naive, timenoise, other = map(tensors, ("base", "naive-1", "timenoise-1", "naive-2"))
+    fresh = families.load(**road.family.model_dump()).network(seed=1)
+    far = (torch.cat([v.flatten() for v in fresh.state_dict().values()]) - base).norm()
+    for fine_tuned in (naive, timenoise, other):
+        assert 0 < (fine_tuned - base).norm() < far / 2
+    assert (naive - timenoise).norm() > 0
+    assert (naive - other).norm() > 0
+
+
+def test_every_set_has_its_videos_and_an_index(road):
+    for name in [generate.REAL, *road.evaluation_rows()]:
+        folder = Path(road.out, "videos", name)
+        index = storage.read_rows(str(folder / "index.jsonl"))
+        assert len(index) == 12
+        for line in index:
+            frames = decode_all((folder / line["file"]).read_bytes())
+            assert frames.shape == (8, 32, 32, 3)
+    assert len(storage.read_rows(f"{road.out}/videos/reference/index.jsonl")) == 24
+
+
+def test_sets_start_from_the_same_images_of_videos_that_training_never_saw(road, clips):
+    ids = [
+        [line["clip_id"] for line in storage.read_rows(f"{road.out}/videos/{n}/index.jsonl")]
+        for n in ("real", "naive-1")
+    ]
+    assert ids[0] == ids[1]
+    split = clips.set_index("clip_id").split
+    assert set(split[ids[0]]) == {"test"}
+    reference = [line["clip_id"] for line in storage.read_rows(f"{road.out}/videos/reference/index.jsonl")]
+    assert set(split[reference]) == {"train"}
+
+
+def test_the_pixels_of_a_sample_do_not_depend_on_the_batch_it_is_in(road, smallest, tmp_path):
+    sampler = generate.Sampler(road.model_dump())
+    numbers = generate.choose(road, cache.read_cache(road), generate.REAL)
+    reader = sampler.readers[generate.REAL]
+    row = road.evaluation_rows()["naive-1"]
+
+    def sample(chosen: list[int]) -> torch.Tensor:
+        return sampler.sample(row, reader.batch(chosen), [reader.ids[n] for n in chosen])
+
+    together, alone = sample(numbers[:4]), sample(numbers[2:3])
+    torch.testing.assert_close(together[2], alone[0], rtol=0, atol=1e-4)  # float32 sums in another order
+
+
+def test_an_analytic_start_differs_from_a_gaussian_one(road):
+    sampler = generate.Sampler(road.model_dump())
+    noise = sampler.start("analytic")
+    assert noise.variance != 1
+    assert sampler.start("gaussian").variance == 1
+    assert noise.mean.abs().max() > 0.1
+
+
+def test_guidance_changes_the_sample_and_a_scale_of_one_does_not(road, smallest):
+    row = road.evaluation_rows()["naive-1"]
+    sampler = generate.Sampler(road.model_dump())
+    reader = sampler.readers[generate.REAL]
+    clips, ids = reader.batch([0, 1]), reader.ids[:2]
+    guided = smallest(road.out, "generate.rows.naive.guidance=3").evaluation_rows()["naive-1"]
+    assert (sampler.sample(row, clips, ids) - sampler.sample(guided, clips, ids)).abs().max() > 1e-3
+
+
+def test_scores_are_kept_for_every_video_and_the_real_row_is_the_yardstick(road):
+    for name in ("real", "naive-1"):
+        rows = storage.read_rows(f"{road.out}/scores/{name}/scores.jsonl")
+        assert len(rows) == 12
+        video = decode_all(Path(road.out, "videos", name, rows[3]["clip_id"].replace(":", "_") + ".mp4").read_bytes())
+        assert rows[3]["motion"] == pytest.approx(motion_score(video))
+    found = {run.info.run_name: run.data.metrics for run in runs(road, "evaluate")}
+    assert found.keys() == {"real", *road.evaluation_rows()}
+    assert found["real"]["motion_error"] == found["real"]["first_frame_error"] == 0
+    assert found["naive-1"]["motion"] == pytest.approx(np.mean([r["motion"] for r in rows]))
+    assert found["naive-1"]["first_frame_error"] > 0
+    assert found["naive-1"]["frechet"] > 0
+
+
+def test_the_reference_captions_tell_the_velocities_that_the_feature_net_learned(road):
+    lines = storage.read_rows(f"{road.out}/videos/reference/index.jsonl")
+    assert read_manifest(f"{road.out}/feature_net", score.NET_KIND).counts["clips"] == len(lines)
+    assert all(velocity_of(line["caption"]) is not None for line in lines)
+
+
+def page_of(road) -> str:
+    return next(Path(road.out, "comparison").glob("*/index.html")).read_text()
+
+
+def test_the_page_is_self_contained_and_holds_table_plots_and_clips(road):
+    page = page_of(road)
+    assert "Indicative: 2 seeds" in page
+    assert page.count("<svg") == 4
+    assert page.count("<video") == 2 * 3  # two images, for the real clips and two rows
+    for name in ("real", "naive", "timenoise+analytic-init"):
+        assert f"<th>{name}</th>" in page
+    outside = [part[:60] for part in page.split('src="')[1:] if not part.startswith("data:")]
+    assert outside == []
+    assert "http" not in page.replace("http://www.w3.org", "").replace("https://", "", 0) or "<link" not in page
+    assert "$" not in page
+
+
+def test_the_comparison_is_logged_to_the_study(road):
+    client = MlflowClient(store_uri(road))
+    run = runs(road, "compare")[0]
+    assert sorted(f.path for f in client.list_artifacts(run.info.run_id)) == ["comparison.html", "table.md"]
+
+
+def test_a_second_walk_does_nothing(road, capsys):
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in Path(road.out).rglob("*")
+        if path.is_file() and "mlflow" not in path.name
+    }
+    paper.run(road)
+    printed = capsys.readouterr().out
+    assert printed.count("nothing to do") == 4
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_no_run_has_a_step_twice_after_a_second_walk(road):
+    client = MlflowClient(store_uri(road))
+    for run in runs(road, "evaluate"):
+        assert len(client.get_metric_history(run.info.run_id, "frechet")) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "job", "says"),
+    [
+        ("family.frames=6", make_initial_noise, r"family\.frames=8, not 6"),
+        ("family.frames=6", finetune, r"family\.frames=8, not 6"),
+        ("cache.stride=2", cache.build_cache, r"cache\.stride was 1, is 2"),
+        ("finetune.rows.naive.lr=1", finetune, r"weights/naive-1 was made .*row\.lr was 0\.0005, is 1\.0"),
+        ("generate.steps=3", generate.generate, r"videos/naive-1 was made .*steps was 2, is 3"),
+        ("generate.min_motion=99", generate.generate, "at least 2 are needed"),
+    ],
+)
+def test_an_artifact_of_another_configuration_is_refused_by_name(road, smallest, override, job, says):
+    with pytest.raises(UserError, match=says) as error:
+        job(smallest(road.out, override))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        ("finetune.workers=64", r"finetune\.workers=64: the cluster has"),
+        ("finetune.row.min_motion=99", "rows.fresh: no training clip .*motion >= 99"),
+        ("finetune.gpu=true", r"finetune\.workers=2: the cluster has 0 GPUs"),
+    ],
+)
+def test_what_is_refused_leaves_nothing_behind_that_blocks_the_corrected_run(road, mistake, says):
+    fresh = ["finetune.rows={fresh: {}}", "generate.rows={fresh: {weights: fresh}}", "finetune.row.batch=64"]
+    config = load(None, [f"out={road.out}", "family.preset=tiny", *fresh, "finetune.row.warmup=64", mistake])
+    with pytest.raises(UserError, match=says):
+        finetune(config)
+    assert not Path(road.out, "weights/fresh").exists()
+
+
+def test_an_unfinished_cache_is_refused(road, tmp_path):
+    Path(tmp_path, "cache").mkdir()
+    Path(tmp_path, "cache/plan.json").write_bytes(Path(road.out, "cache/plan.json").read_bytes())
+    with pytest.raises(UserError, match=r"latent cache at .* is unfinished"):
+        make_initial_noise(load(None, [f"out={tmp_path}"]))
+
+
+def test_manifests_name_everything_that_shaped_their_content(road):
+    manifest = json.loads(Path(road.out, "weights/timenoise-1/manifest.json").read_text())
+    assert manifest["identity"]["row"]["conditioning"]["kind"] == "timenoise"
+    assert (
+        manifest["identity"]["parent"] == read_manifest(folder_of(road.out, "weights", "base"), "weights").fingerprint
+    )
+    assert manifest["identity"]["cache"] == cache.read_cache(road).fingerprint
+    assert "torch" in manifest["software"]
+
+
+def test_every_part_has_the_digest_that_the_manifest_says(road):
+    import hashlib
+
+    for part in cache.read_cache(road).content["parts"]:
+        data = Path(road.out, "cache/parts", part["name"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == part["sha256"]
+        assert pa.ipc.open_file(pa.py_buffer(data)).read_all().num_rows == part["clips"]
