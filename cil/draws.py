@@ -4,16 +4,16 @@ A sample's draws are a function of its own key, e.g. (seed, position in the stre
 batch, rank or worker the sample lands in.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 
 def stream_seed(*key: int) -> int:
     """A well-mixed 64-bit seed for the stream named by `key`."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
 
 
 class Draws:
@@ -43,5 +43,7 @@ class Draws:
 def normal_like(x: Tensor, random: "torch.Generator | Draws | None") -> Tensor:
     """Standard normal of x's shape [B, ...], on its device, from a generator or from per-sample draws."""
     if isinstance(random, Draws):
+        if len(random) != len(x):
+            raise ValueError(f"{len(random)} streams of draws for a batch of {len(x)}")
         return random.normal(*x.shape[1:]).to(x)
     return torch.randn(x.shape, generator=random, device=x.device, dtype=x.dtype)

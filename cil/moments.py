@@ -25,7 +25,7 @@ class Moments:
         if len(batch) == 0:
             return cls.zeros(tuple(batch.shape[1:]))
         x = batch.to(torch.float64)
-        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
+        bad = (~torch.isfinite(x)).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
         if bad:
             raise ValueError(f"latents with NaN or inf at batch positions {bad}")
         mean = x.mean(0)

@@ -25,8 +25,9 @@ class VP:
     zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps}: at least 1")
+        least = 2 if self.zero_snr else 1
+        if self.steps < least:
+            raise ValueError(f"steps={self.steps}: at least {least}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start={self.beta_start}, beta_end={self.beta_end}: 0 < beta_start <= beta_end < 1")
 
@@ -35,7 +36,7 @@ class VP:
         """prod(1 - beta), float64 [steps]."""
         roots = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64)
         alphas_bar = torch.cumprod(1 - roots**2, dim=0)
-        if not self.zero_snr or self.steps == 1:
+        if not self.zero_snr:
             return alphas_bar
         # Lin et al. 2023, algorithm 1: shift sqrt(alpha_bar) to end at 0, and scale it to begin where it began.
         root = alphas_bar.sqrt()
@@ -53,9 +54,9 @@ class VP:
 
     def start(self, M: int) -> Tensor:
         """The index at which sampling from M starts: x_M is drawn for it, and the first model call made at it."""
-        if not 1 <= M <= self.steps:
+        if int(M) != M or not 1 <= M <= self.steps:
             raise ValueError(f"M={M}: an integer in 1..{self.steps}")
-        return torch.tensor(M - 1)
+        return torch.tensor(int(M) - 1)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         return per_sample(self.alpha(t), x0) * x0 + per_sample(self.sigma(t), x0) * eps

@@ -31,8 +31,8 @@ class Toy(Family):
     def __init__(self, frames: int, height: int, width: int, preset: str) -> None:
         if preset not in PRESETS:
             raise ValueError(f"preset {preset!r}: the family toy has {', '.join(PRESETS)}")
-        if height % (2 * BLOCK) or width % (2 * BLOCK):
-            raise ValueError(f"{height}x{width}: the family toy takes multiples of {2 * BLOCK}")
+        if frames < 1 or min(height, width) < 1 or height % (2 * BLOCK) or width % (2 * BLOCK):
+            raise ValueError(f"{frames} x {height} x {width}: the family toy takes multiples of {2 * BLOCK} pixels")
         self.process = VP()
         self.frames, self.height, self.width, self.preset = frames, height, width, preset
         i = torch.arange(BLOCK, dtype=torch.float64)

@@ -85,3 +85,13 @@ def test_normals_take_shape_and_type_from_their_model_and_numbers_from_their_sou
     assert torch.equal(*from_generator)
     assert from_generator[0].shape == like.shape
     assert from_generator[0].dtype == torch.float64
+
+
+def test_keys_of_different_length_name_different_streams():
+    keys = [(7,), (7, 0), (0, 7), (0, 1), (2**32,), (1, 0), (1,)]
+    assert len({stream_seed(*key) for key in keys}) == len(keys)
+
+
+def test_streams_that_are_not_one_for_each_sample_are_refused():
+    with pytest.raises(ValueError, match="3 streams of draws for a batch of 1"):
+        normal_like(torch.zeros(1, 2), Draws([(k,) for k in range(3)]))

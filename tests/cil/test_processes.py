@@ -152,7 +152,7 @@ def test_noise_keeps_the_type_of_the_latents(sample):
         assert VP().add_noise(x0.to(dtype), eps.to(dtype), t).dtype == dtype
 
 
-@pytest.mark.parametrize("M", [0, -1, 1001])
+@pytest.mark.parametrize("M", [0, -1, 1001, 940.5])
 def test_a_start_outside_the_schedule_is_refused(M):
     with pytest.raises(ValueError, match=rf"M={M}.*1\.\.1000"):
         VP().start(M)

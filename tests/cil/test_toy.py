@@ -119,6 +119,8 @@ def test_pixels_beyond_black_and_white_are_clipped_rather_than_wrapped(family):
     [
         ("toy", 16, 16, "huge", "tiny, small"),
         ("toy", 12, 16, "tiny", "multiples of 8"),
+        ("toy", 0, 16, "tiny", "multiples of 8"),
+        ("toy", -8, 16, "tiny", "multiples of 8"),
         ("toy", 16, 20, "tiny", "multiples of 8"),
         ("boy", 16, 16, "tiny", "one of toy"),
     ],
