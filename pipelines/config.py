@@ -231,7 +231,8 @@ def load(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         if not isinstance(tree, dict):
             raise UserError(f"--config {file}: holds a {type(tree).__name__}; wanted are sections such as `cache:`")
     for override in overrides:
-        tree = _merge(tree, _parse(override))
+        keys, value = _parse(override)
+        tree = _replace(tree, keys, value)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -280,20 +281,26 @@ def _check(config: Config) -> None:
                 raise UserError(f"compare.claims: {named!r} is not a row; allowed are {', '.join(known)}")
 
 
-def _parse(override: str) -> dict[str, Any]:
+def _parse(override: str) -> tuple[list[str], Any]:
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise UserError(f"{override!r}: overrides are written key=value, for example cache.stride=2")
     try:
-        value = yaml.safe_load(text)
+        return key.split("."), yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"{override!r}: the value is not YAML") from None
-    for name in reversed(key.split(".")):
-        value = {name: value}
-    return value
+
+
+def _replace(tree: Any, keys: list[str], value: Any) -> Any:
+    """The tree with `value` at this place, whatever was there."""
+    if not keys:
+        return value
+    inner = tree if isinstance(tree, dict) else {}
+    return inner | {keys[0]: _replace(inner.get(keys[0]), keys[1:], value)}
 
 
 def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What the row of a study has of its own, over what it shares."""
     merged = dict(base)
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
