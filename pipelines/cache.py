@@ -20,7 +20,6 @@ from cil.moments import Moments
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.catalog import Video, read_catalog
-from pipelines.cluster import folder_of
 from pipelines.config import Config
 from pipelines.errors import Unfinished, UserError
 from pipelines.parts import Part, chunks, make_parts
@@ -43,7 +42,7 @@ REASONS = (
 
 def build_cache(config: Config) -> Manifest:
     """Finished already: does nothing. Begun: makes the parts that are missing."""
-    catalog = read_catalog(config.catalog, folder_of(config.out, "shapes"))
+    catalog = read_catalog(config.catalog, storage.join(config.out, "shapes"))
     family = families.load(**_family_arguments(config))
     identity = {
         "catalog": catalog.digest,
@@ -57,7 +56,7 @@ def build_cache(config: Config) -> Manifest:
             "pipelines.cache", "pipelines.video", f"cil.families.{family.name}", "cil.metrics.motion"
         ),
     }
-    cache = Artifact(folder_of(config.out, "cache"), KIND, identity)
+    cache = Artifact(storage.join(config.out, "cache"), KIND, identity)
     if cache.finished:
         print(f"{KIND}: {cache.uri} is finished; nothing to do")
         return cache.manifest()
@@ -228,7 +227,7 @@ def read_moments(cache: Manifest) -> Moments:
 
 def read_cache(config: Config) -> Manifest:
     """The finished cache of this configuration's family and size."""
-    cache = artifact.read_manifest(folder_of(config.out, "cache"), KIND)
+    cache = artifact.read_manifest(storage.join(config.out, "cache"), KIND)
     refuse_other_family(cache, config)
     return cache
 

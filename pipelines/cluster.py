@@ -3,7 +3,6 @@
 import logging
 import os
 
-from pipelines import storage
 from pipelines.errors import UserError
 
 
@@ -51,8 +50,3 @@ def refuse_local_store(uri: str) -> None:
     nodes = sum(node["Alive"] for node in ray.nodes())
     if nodes > 1 and uri.startswith("sqlite:"):
         raise UserError(f"tracking.uri={uri}: {nodes} nodes cannot share a SQLite store; name an MLflow server")
-
-
-def folder_of(out: str, *names: str) -> str:
-    """An artifact's URI under `out`; absolute, because workers run elsewhere."""
-    return storage.join(os.path.abspath(out) if storage.is_local(out) else out, *names)

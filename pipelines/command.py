@@ -1,14 +1,12 @@
 """The command line that every job has: `python -m jobs.NAME [--config FILE] [key=value ...]`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel
 
-from pipelines import storage
 from pipelines.config import Config, load
 from pipelines.errors import Unfinished, UserError
 
@@ -28,7 +26,6 @@ def command(
     arguments = parser.parse_args()
     try:
         config = load(arguments.config, arguments.overrides)
-        _refuse_lost_folder(config)
         run(config)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
@@ -39,13 +36,6 @@ def command(
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-
-
-def _refuse_lost_folder(config: Config) -> None:
-    """A submitted job runs in Ray's own copy of the working directory, which goes with the job."""
-    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    if submitted and storage.is_local(config.out) and not os.path.isabs(config.out):
-        raise UserError(f"out={config.out}: in a submitted job it must be an absolute path or s3://, or it is lost")
 
 
 def _keys(sections: tuple[str, ...]) -> str:

@@ -11,7 +11,6 @@ import numpy as np
 
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
-from pipelines.cluster import folder_of
 from pipelines.config import ClaimConfig, Config
 from pipelines.errors import UserError
 from pipelines.generate import REAL
@@ -97,7 +96,7 @@ def compare(config: Config) -> Manifest:
         "code": artifact.code("pipelines.compare", "pipelines.page"),
     }
     name = artifact.fingerprint(identity)
-    made = Artifact(folder_of(config.out, "comparison", name), KIND, identity)
+    made = Artifact(storage.join(config.out, "comparison", name), KIND, identity)
     table = markdown(arms, verdicts)
     if not made.finished:
         made.begin()

@@ -1,19 +1,42 @@
 """The one typed configuration tree: a YAML file, then dotted overrides (`cache.stride=2`), checked before any start."""
 
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from pipelines.errors import UserError
 
 
+def absolute(uri: str) -> str:
+    """Workers run in other folders, and a submitted job in Ray's own copy of the working directory."""
+    if "://" in uri or os.path.isabs(uri):
+        return uri
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise ValueError("in a submitted job it must be an absolute path or s3://, or it is lost with the job")
+    return os.path.abspath(uri)
+
+
+Uri = Annotated[str, AfterValidator(absolute)]
+RowOrUri = Annotated[str, AfterValidator(lambda name: absolute(name) if "/" in name else name)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class FamilyConfig(Section):
@@ -42,8 +65,8 @@ class ShapesConfig(Section):
 class CatalogConfig(Section):
     """The videos to encode; by default those of jobs.make_shapes."""
 
-    csv: str | None = Field(None, description="WebVid csv: videoid,contentUrl,duration,page_dir,name")
-    videos: str | None = Field(None, description="folder or s3:// prefix of page_dir/videoid.mp4 or videoid.mp4")
+    csv: Uri | None = Field(None, description="WebVid csv: videoid,contentUrl,duration,page_dir,name")
+    videos: Uri | None = Field(None, description="folder or s3:// prefix of page_dir/videoid.mp4 or videoid.mp4")
 
 
 class CacheConfig(Section):
@@ -73,7 +96,7 @@ class ConditioningConfig(Section):
 class RowConfig(Section):
     """One row of a study: the training settings, which are what its MLflow run has as parameters."""
 
-    weights: str | None = Field(
+    weights: RowOrUri | None = Field(
         None, description="start from a row of the study, or from weights at a URI; none: pre-train"
     )
     seeds: list[int] = Field([0], description="one training for each", min_length=1)
@@ -104,7 +127,7 @@ class FinetuneConfig(Section):
 class GenerateRowConfig(Section):
     """One row of the comparison: weights x M x start."""
 
-    weights: str = Field(
+    weights: RowOrUri = Field(
         "base", description="a row of finetune.rows (one set for each of its seeds), or a URI of weights"
     )
     M: PositiveInt = Field(1000, description="the step that sampling starts at, 1..1000")
@@ -161,7 +184,7 @@ class TrackingConfig(Section):
 
 class Config(Section):
     seed: int = Field(0, description="of the data, the views and the splits")
-    out: str = Field("outputs/shapes", description="folder or s3:// prefix under which every artifact stands")
+    out: Uri = Field("outputs/shapes", description="folder or s3:// prefix under which every artifact stands")
     family: FamilyConfig = FamilyConfig()
     shapes: ShapesConfig = ShapesConfig()
     catalog: CatalogConfig = CatalogConfig()
@@ -318,7 +341,7 @@ def _explain(error: ValidationError, root: type[BaseModel] = Config) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
-        return f"{key}={first['input']!r}: {first['msg'].lower()}"
+        return f"{key}={first['input']}: {first['msg'].removeprefix('Value error, ').lower()}"
     section: Any = root
     for part in first["loc"][:-1]:
         field = section.model_fields.get(part) if hasattr(section, "model_fields") else None

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from cil import CleanCondition, ConstantNoise, Draws, Objective, TimeNoise, families
 from cil.conditioning import ConditioningNoise
 from cil.families import Family
-from pipelines import cluster
+from pipelines import cluster, storage
 from pipelines.artifact import Artifact, Manifest, fingerprint
 from pipelines.cache import read_cache
-from pipelines.cluster import folder_of
 from pipelines.config import ConditioningConfig, Config, RowConfig, TrainingRow
 from pipelines.errors import Unfinished, UserError
 from pipelines.progress import Progress
@@ -73,7 +72,7 @@ def _fit(config: Config, missing: list[str]) -> None:
         scaling_config=ray.train.ScalingConfig(num_workers=settings.workers, use_gpu=settings.gpu),
         run_config=ray.train.RunConfig(
             name=fingerprint({name: row.shaping() for name, row in config.training_rows().items()}),
-            storage_path=folder_of(config.out, "training"),
+            storage_path=storage.join(config.out, "training"),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),

@@ -15,7 +15,6 @@ from cil import CleanCondition, Draws, InitialNoise, ddim, families, guided
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import read_cache
-from pipelines.cluster import folder_of
 from pipelines.config import Config, EvaluationRow
 from pipelines.errors import UserError
 from pipelines.initial_noise import read_initial_noise
@@ -97,7 +96,7 @@ def _plan(config: Config, cache: Manifest, name: str, row: EvaluationRow | None)
             "weights": read_weights(config, row.weights).fingerprint,
             "initial_noise": read_initial_noise(config)[1].fingerprint if row.settings.start == "analytic" else None,
         }
-    return Artifact(folder_of(config.out, "videos", name), KIND, identity)
+    return Artifact(storage.join(config.out, "videos", name), KIND, identity)
 
 
 class Sampler:

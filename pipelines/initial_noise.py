@@ -4,7 +4,6 @@ from cil.initial_noise import InitialNoise
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import read_cache, read_moments, refuse_other_family
-from pipelines.cluster import folder_of
 from pipelines.config import Config
 from pipelines.errors import UserError
 
@@ -19,7 +18,7 @@ def make_initial_noise(config: Config) -> Manifest:
         "cache": cache.fingerprint,
         "code": artifact.code("pipelines.initial_noise", "cil.initial_noise", "cil.moments"),
     }
-    noise = Artifact(folder_of(config.out, "initial_noise"), KIND, identity)
+    noise = Artifact(storage.join(config.out, "initial_noise"), KIND, identity)
     if noise.finished:
         print(f"{KIND}: {noise.uri} is finished; nothing to do")
         return noise.manifest()
@@ -35,6 +34,6 @@ def make_initial_noise(config: Config) -> Manifest:
 
 
 def read_initial_noise(config: Config) -> tuple[InitialNoise, Manifest]:
-    manifest = artifact.read_manifest(folder_of(config.out, "initial_noise"), KIND)
+    manifest = artifact.read_manifest(storage.join(config.out, "initial_noise"), KIND)
     refuse_other_family(manifest, config)
     return InitialNoise.from_bytes(storage.read(storage.join(manifest.uri, FILE))), manifest

@@ -6,7 +6,6 @@ from typing import Any
 
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
-from pipelines.cluster import folder_of
 from pipelines.config import Config, ShapesConfig
 from pipelines.parts import Part, chunks, make_parts
 from pipelines.shapes import Shape
@@ -25,7 +24,7 @@ def make_shapes(config: Config) -> Manifest:
         "shapes": shapes.model_dump(),
         "code": artifact.code("pipelines.shapes", "pipelines.make_shapes", "pipelines.video"),
     }
-    data_set = Artifact(folder_of(config.out, "shapes"), KIND, identity)
+    data_set = Artifact(storage.join(config.out, "shapes"), KIND, identity)
     if data_set.finished:
         print(f"{KIND}: {data_set.uri} is finished; nothing to do")
         return data_set.manifest()

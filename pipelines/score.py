@@ -12,7 +12,6 @@ from cil.metrics.frechet import frechet_distance
 from cil.metrics.motion import distribution_error, first_frame_error, motion_score
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest, fingerprint
-from pipelines.cluster import folder_of
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.generate import KIND as VIDEOS
@@ -33,7 +32,7 @@ def score(config: Config) -> dict[str, Manifest]:
     rows = config.evaluation_rows()
     names = [REAL, *rows]
     videos = {
-        name: artifact.read_manifest(folder_of(config.out, "videos", name), VIDEOS) for name in [REFERENCE, *names]
+        name: artifact.read_manifest(storage.join(config.out, "videos", name), VIDEOS) for name in [REFERENCE, *names]
     }
     net = _feature_net(config, videos[REFERENCE])
     sets = {name: _plan(config, name, videos[name], videos, net) for name in [REFERENCE, *names]}
@@ -113,7 +112,7 @@ def _plan(config: Config, name: str, own: Manifest, videos: dict[str, Manifest],
         "feature_net": fingerprint(net.identity),
         "code": artifact.code(*CODE),
     }
-    return Artifact(folder_of(config.out, "scores", name), KIND, identity)
+    return Artifact(storage.join(config.out, "scores", name), KIND, identity)
 
 
 def _feature_net(config: Config, reference: Manifest) -> Artifact:
@@ -125,7 +124,7 @@ def _feature_net(config: Config, reference: Manifest) -> Artifact:
         "stride": config.cache.stride,
         "code": artifact.code("cil.metrics.features"),
     }
-    made = Artifact(folder_of(config.out, "feature_net"), NET_KIND, identity)
+    made = Artifact(storage.join(config.out, "feature_net"), NET_KIND, identity)
     if made.finished:
         return made
     told = [(line, velocity_of(line["caption"])) for line in _index(reference)]

@@ -1,22 +1,24 @@
 """The one place that talks to MLflow: a study is an experiment, each of its rows a run, found again by fingerprint."""
 
 import contextlib
-import os
 import time
 from collections.abc import Iterable
 from typing import Any
 
 from pipelines import storage
-from pipelines.cluster import folder_of
 from pipelines.config import Config
+from pipelines.errors import UserError
 
 
 def store_uri(config: Config) -> str:
     """The tracking server, or a SQLite store beside the artifacts."""
     if config.tracking.uri:
         return config.tracking.uri
-    out = folder_of(config.out) if storage.is_local(config.out) else os.path.abspath("outputs")
-    return f"sqlite:///{storage.join(out, 'mlflow.db')}"
+    if not storage.is_local(config.out):
+        raise UserError(
+            f"tracking.uri: with out={config.out} name an MLflow server; a SQLite store must be a local file"
+        )
+    return f"sqlite:///{storage.join(config.out, 'mlflow.db')}"
 
 
 class Run:
@@ -71,7 +73,7 @@ def open_study(config: Config) -> tuple[Any, str]:
     uri, name = store_uri(config), config.tracking.experiment
     client = MlflowClient(uri)
     if client.get_experiment_by_name(name) is None:
-        location = f"file://{folder_of(config.out, 'mlartifacts')}" if uri.startswith("sqlite:") else None
+        location = f"file://{storage.join(config.out, 'mlartifacts')}" if uri.startswith("sqlite:") else None
         with contextlib.suppress(MlflowException):  # somebody else may make it at the same time
             client.create_experiment(name, artifact_location=location)
     experiment = client.get_experiment_by_name(name)

@@ -1,6 +1,5 @@
 """Fine-tuned weights as an artifact: the family's own files, and what they were trained from."""
 
-import os
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +8,6 @@ from cil.families import Family
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import refuse_other_family
-from pipelines.cluster import folder_of
 from pipelines.config import Config, TrainingRow
 
 KIND = "weights"
@@ -18,9 +16,7 @@ CODE = ("pipelines.finetune", "pipelines.reader", "cil.objectives", "cil.conditi
 
 def uri_of(config: Config, row: str) -> str:
     """A row of the study, or a URI."""
-    if "/" not in row:
-        return folder_of(config.out, "weights", row)
-    return os.path.abspath(row) if storage.is_local(row) else row
+    return row if "/" in row else storage.join(config.out, "weights", row)
 
 
 def plan_weights(

@@ -20,7 +20,7 @@ def test_an_override_on_the_command_line_wins_over_the_file(tmp_path):
     [
         ("cache.strid=2", ["cache.strid", "did you mean stride"]),
         ("nothing=2", ["nothing", "allowed are", "cache"]),
-        ("cache.stride=two", ["cache.stride", "'two'", "integer"]),
+        ("cache.stride=two", ["cache.stride", "two", "integer"]),
         ("cache.stride=0", ["cache.stride", "0", "greater than 0"]),
         ("family.name=svdx", ["family.name", "svdx", "toy"]),
         ("cache.stride", ["cache.stride", "key=value"]),
@@ -58,6 +58,20 @@ def test_an_override_replaces_what_the_file_has_at_that_place(tmp_path):
     config = load(file, ["generate.rows={base: {}}", "generate.rows.base.guidance=2"])
     assert list(config.generate.rows) == ["base"]
     assert (config.generate.rows["base"].M, config.generate.rows["base"].guidance) == (1000, 2)
+
+
+def test_relative_paths_are_made_absolute_because_workers_run_elsewhere():
+    config = load(None, ["out=here", "catalog.videos=there", "finetune.row.weights=./w", "generate.rows.a.weights=./v"])
+    uris = [config.out, config.catalog.videos, config.finetune.row.weights, config.generate.rows["a"].weights]
+    assert uris == [str(Path.cwd() / name) for name in ("here", "there", "w", "v")]
+    assert load(None, ["out=s3://bucket/x"]).out == "s3://bucket/x"
+    assert load(None).out == str(Path.cwd() / "outputs/shapes")
+
+
+def test_a_relative_folder_would_be_lost_with_a_submitted_job(monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UserError, match="out=here: in a submitted job it must be an absolute path"):
+        load(None, ["out=here"])
 
 
 def test_a_file_that_is_missing_is_named():
