@@ -68,7 +68,7 @@ def build_cache(config: Config) -> Manifest:
         Part(cache.path("parts", f"part-{i:06d}.arrow"), [asdict(v) for v in lot], len(lot) * views) for i, lot in lots
     ]
     arguments = {"config": config.model_dump(), "folder": catalog.folder}
-    transient = make_parts(KIND, "clips", parts, PartMaker, arguments, config.cache.workers)
+    transient = make_parts(KIND, "clips", parts, PartMaker, arguments)
     if transient:
         raise Unfinished(
             f"{len(transient)} parts wait for videos that could not be read for passing reasons ({transient[0]}). "

@@ -33,6 +33,9 @@ def command(
     except Unfinished as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        print(f"{name}: {error}. If that passes, the same command goes on from here", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

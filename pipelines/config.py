@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -78,7 +79,6 @@ class CacheConfig(Section):
     test: float = Field(0.3, description="share of the videos held out for generating and scoring", ge=0, le=1)
     decoder: Literal["pyav", "decord"] = Field("pyav", description="pyav skips frames that nothing needs: faster")
     videos_per_part: PositiveInt = Field(100, description="videos in one file of the cache")
-    workers: PositiveInt | None = Field(None, description="processes; default: one a CPU of the cluster")
     accept_transient: bool = Field(False, description="finish although some videos failed for passing reasons (I/O)")
 
 
@@ -143,7 +143,6 @@ class GenerateConfig(Section):
     min_motion: NonNegativeFloat = Field(0.0, description="take only clips with at least this motion score")
     steps: PositiveInt = Field(12, description="DDIM steps")
     clips_per_part: PositiveInt = Field(32, description="clips sampled at once")
-    workers: PositiveInt | None = Field(None, description="processes; default: one a CPU of the cluster")
     rows: dict[str, GenerateRowConfig] = Field(
         {}, description="the rows of the comparison; default: finetune.rows as they are"
     )
@@ -155,7 +154,7 @@ class ScoreConfig(Section):
     static_below: PositiveFloat = Field(
         0.4, description="a slower video (pixels a frame, by the feature net) is static"
     )
-    feature_steps: PositiveInt = Field(300, description="training steps of the feature net of the Frechet distance")
+    feature_steps: PositiveInt = Field(600, description="training steps of the feature net of the Frechet distance")
 
 
 class ClaimConfig(Section):
@@ -295,6 +294,10 @@ def _check(config: Config) -> None:
     if config.finetune.checkpoint_every % config.finetune.log_every:
         every = f"finetune.checkpoint_every={config.finetune.checkpoint_every}"
         raise UserError(f"{every}: a multiple of finetune.log_every={config.finetune.log_every}")
+    if config.tracking.uri and urlsplit(config.tracking.uri).password:
+        raise UserError(
+            "tracking.uri holds a password: give it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     if config.shapes.min_speed > config.shapes.max_speed:
         raise UserError(f"shapes.min_speed={config.shapes.min_speed}: at most max_speed={config.shapes.max_speed}")
     for name, generated in config.generate.rows.items():

@@ -54,7 +54,7 @@ def generate(config: Config) -> dict[str, Manifest]:
                 for i, lot in enumerate(lots)
             ]
     arguments = {"config": config.model_dump()}
-    make_parts(KIND, "videos", [*chain(*parts.values())], Sampler, arguments, config.generate.workers)
+    make_parts(KIND, "videos", [*chain(*parts.values())], Sampler, arguments)
     for name, own in parts.items():
         index = [line for part in own for line in storage.read_rows(part.uri)]
         if len(index) != sum(part.size for part in own):

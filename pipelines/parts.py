@@ -32,7 +32,6 @@ def make_parts(
     parts: list[Part],
     maker: Callable[..., Maker],
     arguments: dict[str, Any],
-    workers: int | None = None,
 ) -> list[str]:
     """Have every part made that is not there yet. Answers what the makers said of parts that they could not make."""
     import ray
@@ -51,7 +50,7 @@ def make_parts(
     made = ray.data.from_items([asdict(part) for part in missing], override_num_blocks=len(missing)).map(
         _PartWriter,  # type: ignore[arg-type]  # Ray takes a class as well
         fn_constructor_args=(maker, arguments),
-        compute=ray.data.ActorPoolStrategy(size=min(workers or cluster.cpus(), len(missing))),
+        compute=ray.data.ActorPoolStrategy(size=min(cluster.cpus(), len(missing))),
         num_cpus=1,
     )
     problems = []

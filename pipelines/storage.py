@@ -4,6 +4,8 @@ import json
 import os
 import posixpath
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,24 @@ def join(uri: str, *names: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    return os.path.exists(uri) if is_local(uri) else bool(_remote(uri).exists(uri))
+    if is_local(uri):
+        return os.path.exists(uri)
+    with _remote(uri) as remote:
+        return bool(remote.exists(uri))
 
 
 def read(uri: str) -> bytes:
-    return Path(uri).read_bytes() if is_local(uri) else bytes(_remote(uri).cat_file(uri))
+    if is_local(uri):
+        return Path(uri).read_bytes()
+    with _remote(uri) as remote:
+        return bytes(remote.cat_file(uri))
 
 
 def write(uri: str, data: bytes) -> None:
     """A reader sees all of `data` or what was there before, whatever is killed when."""
     if not is_local(uri):
-        _remote(uri).pipe_file(uri, data)
+        with _remote(uri) as remote:
+            remote.pipe_file(uri, data)
         return
     folder = os.path.dirname(uri)
     os.makedirs(folder, exist_ok=True)
@@ -64,13 +73,21 @@ def names(uri: str) -> set[str]:
     """The names of the files in a folder; none where there is no such folder."""
     if is_local(uri):
         return {e.name for e in os.scandir(uri)} if os.path.isdir(uri) else set()
-    remote = _remote(uri)
-    remote.invalidate_cache()
-    return {posixpath.basename(path) for path in remote.ls(uri, detail=False)} if remote.exists(uri) else set()
+    with _remote(uri) as remote, suppress(FileNotFoundError):
+        return {posixpath.basename(path) for path in remote.ls(uri, detail=False)}
+    return set()
 
 
-def _remote(uri: str):  # noqa: ANN202 - an fsspec filesystem, imported only where one is needed
+@contextmanager
+def _remote(uri: str) -> Iterator[Any]:
+    """An fsspec filesystem, imported only where one is needed. What goes wrong is an OSError, as on a disk."""
     import fsspec
+    from botocore.exceptions import BotoCoreError
 
-    options = {"config_kwargs": S3_LIMITS} if uri.startswith("s3://") else {}
-    return fsspec.filesystem(uri.split("://")[0], **options)
+    # No cache of listings: other workers write beside us.
+    filesystem = fsspec.filesystem(uri.split("://")[0], config_kwargs=S3_LIMITS, use_listings_cache=False)
+    filesystem.retries = 1  # botocore tries again by itself
+    try:
+        yield filesystem
+    except BotoCoreError as error:
+        raise OSError(f"{uri}: {error}") from error

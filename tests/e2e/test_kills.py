@@ -60,11 +60,14 @@ def disturbed(road, smallest, tmp_path_factory):
     build_cache(config)
     assert killer.killed
 
-    training = Path(config.out, "training")
-    killer = Killer("RayTrainWorker", lambda: any(training.glob("*/checkpoint_*/position.json")))
+    killer = Killer("RayTrainWorker", lambda: checkpoints(config) > 0)
     finetune(config)
     assert killer.killed
     return config
+
+
+def checkpoints(config) -> int:
+    return len(list(Path(config.out, "training").glob("*/checkpoint_*/position.json")))
 
 
 def test_a_cache_whose_worker_was_killed_has_the_same_bytes(road, disturbed):
@@ -85,6 +88,22 @@ def test_the_curve_of_a_killed_training_has_each_point_once_and_the_same_losses(
     assert curves(disturbed) == curves(road)
 
 
+def test_a_training_that_gave_up_is_continued_by_the_same_command(road, smallest, tmp_path):
+    """And whatever the ZeRO stage: with two workers a sum has one order only."""
+    (tmp_path / "cache").symlink_to(Path(road.out, "cache"))
+    config = smallest(tmp_path, "finetune.max_failures=0", "finetune.zero_stage=2")
+    killer = Killer("RayTrainWorker", lambda: checkpoints(config) > 0)
+    with pytest.raises(Unfinished, match=r"training of base, naive-1, .* stopped: .*The same command goes on"):
+        finetune(config)
+    assert killer.killed
+    assert not Path(config.out, "weights/timenoise-2/manifest.json").exists()
+
+    finetune(config)
+    assert files(config.out + "/weights", "*/toy.safetensors") == files(road.out + "/weights", "*/toy.safetensors")
+    tags = {run.data.tags["cil.zero_stage"] for run in runs(config, "train")}
+    assert tags == {"2"}
+
+
 def test_a_driver_that_is_killed_is_followed_by_the_same_command(road, smallest, tmp_path):
     config = smallest(tmp_path)
     make_shapes(config)
@@ -96,7 +115,6 @@ def test_a_driver_that_is_killed_is_followed_by_the_same_command(road, smallest,
         "--config",
         "tests/smallest.yaml",
         f"out={tmp_path}",
-        "cache.workers=1",
     ]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     while first.poll() is None and not any(parts.glob("part*")):

@@ -79,6 +79,12 @@ def test_a_file_that_is_missing_is_named():
         load("nowhere.yaml")
 
 
+def test_a_password_in_the_address_of_the_tracking_server_is_refused_and_not_repeated():
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as error:
+        load(None, ["tracking.uri=https://me:hunter2@mlflow.example.org"])
+    assert "hunter2" not in str(error.value)
+
+
 def test_yaml_tags_cannot_run_code(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(f"out: !!python/object/apply:os.system ['touch {tmp_path}/ran']")
