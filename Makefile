@@ -26,5 +26,5 @@ check: setup ## format, lint, types, import floors, fast tests
 bench: setup ## all benchmarks, into benchmarks/results.md
 	@$(BIN)/python -m benchmarks
 
-clean: ## what set-up and runs have made
-	rm -rf .venv outputs build *.egg-info .*_cache
+clean: ## remove what set-up and checks have made; outputs/ stays
+	rm -rf .venv build *.egg-info .*_cache .hypothesis

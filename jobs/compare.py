@@ -14,4 +14,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command("compare", __doc__, ("compare", "tracking"), run)
+    command("compare", __doc__, ("finetune", "generate", "score", "compare", "tracking"), run)

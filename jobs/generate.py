@@ -17,4 +17,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command("generate", __doc__, ("family", "generate"), run)
+    command("generate", __doc__, ("family", "finetune", "generate"), run)

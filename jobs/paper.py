@@ -30,6 +30,7 @@ def run(config: Config) -> None:
         print(f"\n== {step.__name__}", flush=True)
         step(config)
         took[step.__name__] = time.monotonic() - begin
+        print(f"{step.__name__} took {took[step.__name__]:.0f} s", flush=True)
     print("\nwall time: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in took.items()), end="")
     print(f"; in all {sum(took.values()):.0f} s")
 

@@ -15,4 +15,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command("score", __doc__, ("score", "tracking"), run)
+    command("score", __doc__, ("finetune", "generate", "score", "tracking"), run)

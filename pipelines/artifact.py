@@ -8,7 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,14 @@ class Artifact:
     def path(self, *names: str) -> str:
         return storage.join(self.uri, *names)
 
-    def begin(self) -> None:
+    def begin(self, configuration: str) -> None:
         """From here on the folder is this configuration's; called when all that can be refused has been."""
         if not self._begun:
             storage.write(self.path("plan.json"), json.dumps(self._header(), indent=1).encode())
+        storage.write(self.path("config.json"), configuration.encode())
 
     def finish(self, counts: dict[str, int], **content: Any) -> Manifest:
-        software = {name: version(name) for name in SOFTWARE}
+        software = {name: _version(name) for name in SOFTWARE}
         body = self._header() | {"counts": counts, "content": content, "software": software}
         storage.write(self.path("manifest.json"), json.dumps(body, indent=1).encode())
         self.finished = True
@@ -119,6 +120,13 @@ MADE_BY = {
     "feature net": "jobs.score",
     "comparison": "jobs.compare",
 }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ and what was rejected, so that all three are whole or absent together.
 import hashlib
 import json
 import posixpath
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +16,8 @@ import pyarrow as pa
 import torch
 
 from cil import families
-from cil.metrics.motion import motion_score
+from cil.families import Family
+from cil.metrics.motion import SMALLEST, motion_score
 from cil.moments import Moments
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
@@ -26,42 +28,33 @@ from pipelines.parts import Part, chunks, make_parts
 from pipelines.video import DECODERS, BadVideo, fit
 
 KIND = "latent cache"
-# Why a video is not in the cache. `io` is transient, tried again on the next run; the others would stay as they are.
-REASONS = (
-    "missing",
-    "unsafe_name",
-    "duplicate_id",
-    "not_a_video",
-    "no_video_stream",
-    "damaged",
-    "too_short",
-    "not_finite",
-    "io",
-)
+CODE = ("pipelines.cache", "pipelines.catalog", "pipelines.video", "cil.metrics.motion", "cil.moments")
 
 
 def build_cache(config: Config) -> Manifest:
     """Finished already: does nothing. Begun: makes the parts that are missing."""
     catalog = read_catalog(config.catalog, storage.join(config.out, "shapes"))
-    family = families.load(**_family_arguments(config))
+    family = family_of(config)
+    if family.frames < 2 or min(family.height, family.width) < SMALLEST:
+        size = f"{family.frames} x {family.height} x {family.width}"
+        raise UserError(f"family: clips of {size}; a motion score needs 2 frames of {SMALLEST} x {SMALLEST} or more")
     identity = {
         "catalog": catalog.digest,
+        "videos": catalog.folder,
         "seed": config.seed,
         "family": config.family.model_dump(exclude={"preset"}),
         "encoder": family.encoder_identity,
         "cache": config.cache.model_dump(
             include={"stride", "views_per_video", "validation", "test", "videos_per_part"}
         ),
-        "code": artifact.code(
-            "pipelines.cache", "pipelines.video", f"cil.families.{family.name}", "cil.metrics.motion"
-        ),
+        "code": artifact.code(*CODE, *family_code(config)),
     }
     cache = Artifact(storage.join(config.out, "cache"), KIND, identity)
     if cache.finished:
         print(f"{KIND}: {cache.uri} is finished; nothing to do")
         return cache.manifest()
 
-    cache.begin()
+    cache.begin(config.model_dump_json(indent=1))
     views = config.cache.views_per_video
     lots = enumerate(chunks(catalog.videos, config.cache.videos_per_part))
     parts = [
@@ -93,8 +86,7 @@ def _finish(cache: Artifact, made: list[Part]) -> Manifest:
         raise AssertionError(f"{cache.uri}: {planned} clips planned, but {clips} made and {rejected} rejected")
     counts = {"planned": planned, "clips": clips, "rejected": rejected, "rejected_videos": len(rejects)}
     manifest = cache.finish(counts, parts=parts)
-    by_reason = {reason: sum(r["reason"] == reason for r in rejects) for reason in REASONS}
-    shown = ", ".join(f"{n} {reason}" for reason, n in by_reason.items() if n)
+    shown = ", ".join(f"{n} {reason}" for reason, n in Counter(r["reason"] for r in rejects).most_common())
     print(
         f"{KIND}: {clips} clips in {len(parts)} parts; {len(rejects)} videos rejected{f' ({shown})' if shown else ''}"
     )
@@ -102,11 +94,15 @@ def _finish(cache: Artifact, made: list[Part]) -> Manifest:
 
 
 class PartMaker:
-    """Decodes and encodes the videos of one part. Made once a worker."""
+    """Decodes and encodes the videos of one part. Made once a worker.
+
+    What is rejected has a reason. `io` is transient, tried again on the next run. The others would stay as they are:
+    missing, unsafe_name, duplicate_id, not_a_video, no_video_stream, damaged, too_short, not_finite.
+    """
 
     def __init__(self, config: dict[str, Any], folder: str) -> None:
         self.config, self.folder = Config.model_validate(config), folder
-        self.family = families.load(**_family_arguments(self.config))
+        self.family = family_of(self.config)
 
     def __call__(self, plan: list[dict[str, Any]]) -> tuple[bytes | None, str]:
         rows: list[dict[str, Any]] = []
@@ -214,6 +210,23 @@ def split_of(config: Config, videoid: str) -> str:
     return "validation" if u < config.cache.test + config.cache.validation else "train"
 
 
+def family_of(config: Config) -> Family:
+    try:
+        return families.load(**config.family.model_dump())
+    except ValueError as error:
+        raise UserError(f"family: {error}") from None
+
+
+def family_code(config: Config) -> tuple[str, ...]:
+    """The modules in which a family's functions stand."""
+    return ("cil.families.base", f"cil.families.{config.family.name}", f"cil.nets.{config.family.name}")
+
+
+def snapshot(cache: Manifest) -> str:
+    """Of the bytes that the parts have: what was accepted with transient rejects is another snapshot."""
+    return artifact.fingerprint([cache.fingerprint, [part["sha256"] for part in cache.content["parts"]]])
+
+
 def read_moments(cache: Manifest) -> Moments:
     """Of all training clips, merged from the parts."""
     total = None
@@ -252,10 +265,6 @@ def _unit(seed: int, videoid: str, what: str) -> float:
     """A number in [0, 1) that depends on nothing else."""
     digest = hashlib.sha256(f"{seed}/{videoid}/{what}".encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:7], "big") / 2**56
-
-
-def _family_arguments(config: Config) -> dict[str, Any]:
-    return config.family.model_dump()
 
 
 def _ipc(table: pa.Table) -> bytes:

@@ -23,7 +23,7 @@ class Video:
     def safe(self) -> bool:
         """Names from a csv cannot leave their folder."""
         parts = [self.videoid, *self.page_dir.split("/")] if self.page_dir else [self.videoid]
-        return all(p not in ("", ".", "..") and "/" not in p and "\\" not in p and "\0" not in p for p in parts)
+        return all(p not in ("", ".", "..") and "/" not in p and not set(p) & set("\\\0:") for p in parts)
 
     @property
     def paths(self) -> list[str]:

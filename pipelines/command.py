@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import get_args
 
 from pydantic import BaseModel
 
@@ -47,19 +47,22 @@ def _keys(sections: tuple[str, ...]) -> str:
         if name in ("seed", "out"):
             lines.append(f"  {name}={field.default}: {field.description}")
     for section in sections:
-        lines += _section_keys(section, Config.model_fields[section].default)
+        lines += _section_keys(section, type(Config.model_fields[section].default))
     return "\n".join(lines)
 
 
-def _section_keys(prefix: str, section: BaseModel) -> list[str]:
-    lines = [f"\n  {prefix}: {(type(section).__doc__ or '').strip()}"]
-    for name, field in type(section).model_fields.items():
-        value: Any = getattr(section, name)
-        if isinstance(value, BaseModel):
-            lines += _section_keys(f"{prefix}.{name}", value)
-        else:
-            shown = value.keys() if isinstance(value, dict) else value
-            lines.append(
-                f"    {prefix}.{name}={list(shown) if isinstance(value, dict) else shown}: {field.description}"
-            )
-    return lines
+def _section_keys(prefix: str, section: type[BaseModel]) -> list[str]:
+    lines = [f"\n  {prefix}: {(section.__doc__ or '').strip()}"]
+    inner = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.default, BaseModel):
+            inner += _section_keys(f"{prefix}.{name}", type(field.default))
+            continue
+        default = list(field.default) if isinstance(field.default, dict) else field.default
+        required = "" if field.is_required() else f"={default}"
+        lines.append(f"    {prefix}.{name}{required}{f': {field.description}' if field.description else ''}")
+        for value in get_args(field.annotation):  # a table or a list of sections
+            if isinstance(value, type) and issubclass(value, BaseModel):
+                place = ".NAME" if isinstance(field.default, dict) else "[]"
+                inner += _section_keys(f"{prefix}.{name}{place}", value)
+    return lines + inner

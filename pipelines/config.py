@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -37,7 +39,7 @@ RowOrUri = Annotated[str, AfterValidator(lambda name: absolute(name) if "/" in n
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class FamilyConfig(Section):
@@ -99,7 +101,7 @@ class RowConfig(Section):
     weights: RowOrUri | None = Field(
         None, description="start from a row of the study, or from weights at a URI; none: pre-train"
     )
-    seeds: list[int] = Field([0], description="one training for each", min_length=1)
+    seeds: list[NonNegativeInt] = Field([0], description="one training for each", min_length=1)
     samples: PositiveInt = Field(640, description="clips seen in the whole training")
     batch: PositiveInt = Field(16, description="clips of one optimiser step, over all workers")
     lr: PositiveFloat = Field(5e-4, description="peak learning rate of AdamW")
@@ -182,7 +184,7 @@ class TrackingConfig(Section):
 
 
 class Config(Section):
-    seed: int = Field(0, description="of the data, the views and the splits")
+    seed: NonNegativeInt = Field(0, description="of the data, the views and the splits")
     out: Uri = Field("outputs/shapes", description="folder or s3:// prefix under which every artifact stands")
     family: FamilyConfig = FamilyConfig()
     shapes: ShapesConfig = ShapesConfig()
@@ -196,11 +198,11 @@ class Config(Section):
 
     def training_rows(self) -> dict[str, "TrainingRow"]:
         """In the order in which they are trained, each seed a row of its own."""
-        rows = {}
+        rows: dict[str, TrainingRow] = {}
         for arm, own in self.finetune.rows.items():
             settings = RowConfig.model_validate(_merge(self.finetune.row.model_dump(), own))
             for seed in settings.seeds:
-                rows[_row_name(arm, seed, settings.seeds)] = TrainingRow(arm, seed, settings)
+                _add(rows, _row_name(arm, seed, settings.seeds), TrainingRow(arm, seed, settings))
         return rows
 
     def arms(self) -> dict[str, GenerateRowConfig]:
@@ -210,7 +212,7 @@ class Config(Section):
     def evaluation_rows(self) -> dict[str, "EvaluationRow"]:
         """One for each seed of the weights."""
         trained = self.training_rows()
-        rows = {}
+        rows: dict[str, EvaluationRow] = {}
         for arm, settings in self.arms().items():
             sources = {name: row.seed for name, row in trained.items() if row.arm == settings.weights}
             if not sources and "/" not in settings.weights:
@@ -219,7 +221,7 @@ class Config(Section):
                     f"generate.rows.{arm}.weights={settings.weights}: a row of finetune.rows ({allowed}) or a URI"
                 )
             for name, seed in (sources or {settings.weights: 0}).items():
-                rows[_row_name(arm, seed, list(sources.values()))] = EvaluationRow(arm, seed, name, settings)
+                _add(rows, _row_name(arm, seed, list(sources.values())), EvaluationRow(arm, seed, name, settings))
         return rows
 
 
@@ -240,6 +242,12 @@ class EvaluationRow:
     seed: int
     weights: str  # a training row, its seed included, or a URI
     settings: GenerateRowConfig
+
+
+def _add(rows: dict[str, Any], name: str, row: Any) -> None:
+    if name in rows:
+        raise UserError(f"two rows are called {name}: rename one, and name each seed once")
+    rows[name] = row
 
 
 def _row_name(arm: str, seed: int, seeds: list[int]) -> str:
@@ -275,7 +283,11 @@ def _check(config: Config) -> None:
         rows = config.training_rows()
     except ValidationError as error:
         raise UserError(f"finetune.rows: {_explain(error, RowConfig)}") from None
-    for name, row in {name: row.settings for name, row in rows.items()}.items():
+    for arm in [*config.finetune.rows, *config.generate.rows]:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", arm) or arm in ("real", "reference"):
+            raise UserError(f"{arm!r} is no name for a row: letters, digits and _ . + - ; real and reference are taken")
+    for name, trained in rows.items():
+        row = trained.settings
         if row.batch % config.finetune.workers:
             raise UserError(
                 f"finetune.rows.{name}.batch={row.batch} does not divide by finetune.workers={config.finetune.workers}"
@@ -283,6 +295,8 @@ def _check(config: Config) -> None:
         for key in ("samples", "warmup"):
             if getattr(row, key) % row.batch:
                 raise UserError(f"finetune.rows.{name}.{key}={getattr(row, key)}: a multiple of batch={row.batch}")
+        if config.finetune.log_every % row.batch:
+            raise UserError(f"finetune.log_every={config.finetune.log_every}: a multiple of {name}'s batch={row.batch}")
         before = list(rows)[: list(rows).index(name)]
         if row.weights and row.weights not in before and "/" not in row.weights:
             named = ", ".join(before) or "none"
@@ -300,12 +314,12 @@ def _check(config: Config) -> None:
         )
     if config.shapes.min_speed > config.shapes.max_speed:
         raise UserError(f"shapes.min_speed={config.shapes.min_speed}: at most max_speed={config.shapes.max_speed}")
-    for name, generated in config.generate.rows.items():
-        if not config.generate.steps <= generated.M <= 1000:
-            raise UserError(
-                f"generate.rows.{name}.M={generated.M}: from generate.steps={config.generate.steps} to 1000"
-            )
-    config.evaluation_rows()
+    for generated in config.evaluation_rows().values():
+        M, steps = generated.settings.M, config.generate.steps
+        if not steps <= M <= 1000:
+            raise UserError(f"generate.rows.{generated.arm}.M={M}: from generate.steps={steps} to 1000")
+        if generated.settings.guidance != 1 and generated.weights in rows and not rows[generated.weights].settings.drop:
+            raise UserError(f"generate.rows.{generated.arm}.guidance: {generated.weights} was trained with drop=0")
     known = ["real", *config.arms()]
     for claim in config.compare.claims:
         for named in (claim.row, claim.against):

@@ -10,27 +10,25 @@ import os
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cil import CleanCondition, ConstantNoise, Draws, Objective, TimeNoise, families
+from cil import CleanCondition, ConstantNoise, Draws, Objective, TimeNoise
 from cil.conditioning import ConditioningNoise
-from cil.families import Family
+from cil.objectives import Losses
 from pipelines import cluster, storage
-from pipelines.artifact import Artifact, Manifest, fingerprint
-from pipelines.cache import read_cache
+from pipelines.artifact import Artifact, Manifest
+from pipelines.cache import family_of, read_cache
 from pipelines.config import ConditioningConfig, Config, RowConfig, TrainingRow
+from pipelines.curve import Curve
 from pipelines.errors import Unfinished, UserError
 from pipelines.progress import Progress
 from pipelines.reader import ClipReader, SampleOrder, lanes
-from pipelines.tracking import Run, store_uri
+from pipelines.tracking import Run, refuse_unreachable, store_uri
 from pipelines.weights import load_weights, plan_weights, read_weights, write_weights
-
-BUCKETS = 10  # of t, in which the loss is logged
 
 
 def finetune(config: Config) -> dict[str, Manifest]:
@@ -44,16 +42,18 @@ def finetune(config: Config) -> dict[str, Manifest]:
         if clips == 0:
             wanted = f"motion >= {row.settings.min_motion}"
             raise UserError(f"finetune.rows.{name}: no training clip in {cache.uri} has {wanted}")
-        _say_levels(name, row.settings)
     missing = [name for name in rows if not made[name].finished]
     if not missing:
         print(f"weights: {', '.join(rows)} are finished; nothing to do")
         return {name: each.manifest() for name, each in made.items()}
+    refuse_unreachable(config)
     cluster.connect()
     cluster.refuse_unplaceable(config.finetune.workers, config.finetune.gpu)
     cluster.refuse_local_store(store_uri(config))
     for name in missing:
-        made[name].begin()
+        if levels := describe_levels(rows[name].settings):
+            print(f"finetune {name}: {levels}")
+        made[name].begin(config.model_dump_json(indent=1))
     _fit(config, missing)
     return {name: each.manifest() for name, each in made.items()}
 
@@ -71,7 +71,8 @@ def _fit(config: Config, missing: list[str]) -> None:
         train_loop_config={"config": config.model_dump(), "news": news},
         scaling_config=ray.train.ScalingConfig(num_workers=settings.workers, use_gpu=settings.gpu),
         run_config=ray.train.RunConfig(
-            name=fingerprint({name: row.shaping() for name, row in config.training_rows().items()}),
+            # Shards fit the number of workers and the stage that wrote them: another one begins its row anew.
+            name=f"{settings.workers}-workers-zero-{settings.zero_stage}",
             storage_path=storage.join(config.out, "training"),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
@@ -81,6 +82,8 @@ def _fit(config: Config, missing: list[str]) -> None:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         reason = str(error).strip().splitlines()[-1]
+        if "FloatingPointError" in reason or "UserError" in reason:  # would come again
+            raise UserError(f"training of {', '.join(missing)} stopped: {reason}") from error
         raise Unfinished(
             f"training of {', '.join(missing)} stopped: {reason}. The same command goes on from here"
         ) from error
@@ -122,7 +125,7 @@ class RowTrainer:
         self.config, self.name, self.made = config, name, made
         self.row, self.seed, self.shaping = row.settings, row.seed, row.shaping()
         self.rank, self.world, self.news = rank, dist.get_world_size(), news
-        self.family: Family = families.load(**config.family.model_dump())
+        self.family = family_of(config)
         self.clips = ClipReader(cache, "train", self.row.min_motion)
         self.order = SampleOrder(len(self.clips), self.seed)
         self.objective = Objective(conditioning_noise(self.row.conditioning), self.row.drop)
@@ -151,7 +154,7 @@ class RowTrainer:
                 self.checkpoint()
         self.finish()
 
-    def step(self, positions: list[int]):  # noqa: ANN201 - Losses
+    def step(self, positions: list[int]) -> Losses:
         batch = {k: v.to(self.device) for k, v in self.clips.batch([self.order(p) for p in positions]).items()}
         draws = Draws([(self.seed, p) for p in positions], self.device)
         losses = self.objective(self.family, self.engine, batch, draws)
@@ -201,7 +204,8 @@ class RowTrainer:
         with checkpoint.as_directory() as folder:
             position = json.loads(Path(folder, "position.json").read_text())
             if position["row"] == self.made.fingerprint:
-                self.engine.load_checkpoint(folder, tag="deepspeed")
+                loaded, _ = self.engine.load_checkpoint(folder, tag="deepspeed")
+                assert loaded, f"DeepSpeed found nothing to load in {folder}"
                 self.ema = torch.load(Path(folder, "ema.pt"), map_location=self.device, weights_only=True)
                 self.samples = position["samples"]
             dist.barrier()  # no rank may remove the folder while another reads it
@@ -217,38 +221,8 @@ class RowTrainer:
 
     def finish(self) -> None:
         if self.run:
-            write_weights(self.made, self.family, self.ema, {"samples": self.samples}, clips=len(self.clips))
             self.run.finish()
-
-
-class Curve:
-    """Mean loss since the last point, in all and by bucket of t, over all ranks."""
-
-    def __init__(self, steps: int, device: torch.device) -> None:
-        self.steps, self.device = steps, device
-        self._clear()
-
-    def _clear(self) -> None:
-        self.sums = torch.zeros(2, BUCKETS, dtype=torch.float64, device=self.device)
-        self.begin = time.perf_counter()
-
-    def add(self, loss: Tensor, t: Tensor) -> None:
-        bucket = t * BUCKETS // self.steps
-        self.sums[0].index_add_(0, bucket, loss.detach().double())
-        self.sums[1].index_add_(0, bucket, torch.ones_like(loss, dtype=torch.float64))
-
-    def take(self) -> dict[str, float]:
-        import torch.distributed as dist
-
-        dist.all_reduce(self.sums)
-        loss, count = self.sums.cpu()
-        seconds = time.perf_counter() - self.begin
-        values = {"loss": float(loss.sum() / count.sum()), "samples_per_second": float(count.sum()) / seconds}
-        for bucket in range(BUCKETS):
-            if count[bucket]:
-                values[f"loss_t{bucket * self.steps // BUCKETS:03d}"] = float(loss[bucket] / count[bucket])
-        self._clear()
-        return values
+            write_weights(self.made, self.family, self.ema, {"samples": self.samples}, clips=len(self.clips))
 
 
 def conditioning_noise(config: ConditioningConfig) -> ConditioningNoise:
@@ -294,13 +268,16 @@ def _prepare_deepspeed(gpu: bool) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-def _say_levels(name: str, row: RowConfig) -> None:
-    """Says what TimeNoise does here: where mu(t) hardly moves, it is the constant control under another name."""
+def describe_levels(row: RowConfig) -> str:
+    """What TimeNoise does here: where mu(t) hardly moves, it is the constant control under another name."""
     noise = conditioning_noise(row.conditioning)
-    if isinstance(noise, TimeNoise):
-        u = torch.linspace(0, 1, 11)
-        shown = ", ".join(f"{noise.beta_m * torch.sigmoid(mu):.2f}" for mu in noise.center(u)[[0, 5, 8, 10]])
-        print(f"finetune: row {name}: TimeNoise, median beta_s at t = 0, .5, .8, 1: {shown}")
+    if not isinstance(noise, TimeNoise):
+        return ""
+    mu = noise.center(torch.tensor([0.1, 0.5, 0.9]))
+    shown = ", ".join(f"{float(level):.2f}" for level in noise.beta_m * torch.sigmoid(mu))
+    flat = float(mu[2] - mu[0]) < 0.1
+    warning = f". WARNING: with a={noise.a} it hardly depends on t, and cannot be told from `constant`" if flat else ""
+    return f"TimeNoise, median beta_s at t = .1, .5, .9: {shown}{warning}"
 
 
 def _print_progress(news: Any) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cil import CleanCondition, Draws, InitialNoise, ddim, families, guided
+from cil import CleanCondition, Draws, InitialNoise, ddim, guided
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
-from pipelines.cache import read_cache
+from pipelines.cache import family_code, family_of, read_cache, snapshot
 from pipelines.config import Config, EvaluationRow
 from pipelines.errors import UserError
 from pipelines.initial_noise import read_initial_noise
@@ -24,7 +24,15 @@ from pipelines.video import encode
 from pipelines.weights import load_weights, read_weights
 
 KIND = "videos"
-CODE = ("pipelines.generate", "pipelines.video", "cil.samplers", "cil.processes", "cil.initial_noise", "cil.draws")
+CODE = (
+    "pipelines.generate",
+    "pipelines.reader",
+    "pipelines.video",
+    "cil.samplers",
+    "cil.processes",
+    "cil.initial_noise",
+    "cil.draws",
+)
 REAL, REFERENCE = "real", "reference"  # true clips: those of the conditional images, and those of the Frechet distance
 SPLITS = {REAL: "test", REFERENCE: "train"}
 
@@ -36,14 +44,12 @@ def generate(config: Config) -> dict[str, Manifest]:
     chosen = {name: choose(config, cache, name) for name in SPLITS}
     sets = {name: _plan(config, cache, name, None) for name in SPLITS}
     for name, row in rows.items():
-        if name in SPLITS:
-            raise UserError(f"generate.rows.{name}: this name is kept for real clips")
         sets[name] = _plan(config, cache, name, row)
 
     parts = {}
     for name, made in sets.items():
         if not made.finished:
-            made.begin()
+            made.begin(config.model_dump_json(indent=1))
             lots = chunks(chosen.get(name, chosen[REAL]), config.generate.clips_per_part)
             parts[name] = [
                 Part(
@@ -82,11 +88,11 @@ def _plan(config: Config, cache: Manifest, name: str, row: EvaluationRow | None)
     settings = config.generate
     identity: dict[str, Any] = {
         "family": config.family.model_dump(),
-        "cache": cache.fingerprint,
+        "cache": snapshot(cache),
         "seed": config.seed,
         "clips": settings.reference if name == REFERENCE else settings.clips,
         "min_motion": settings.min_motion,
-        "code": artifact.code(*CODE, f"cil.families.{config.family.name}"),
+        "code": artifact.code(*CODE, *family_code(config)),
     }
     if row is not None:
         identity |= {
@@ -105,7 +111,7 @@ class Sampler:
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = Config.model_validate(config)
         self.rows = self.config.evaluation_rows()
-        self.family = families.load(**self.config.family.model_dump())
+        self.family = family_of(self.config)
         self.cache = read_cache(self.config)
         self.readers = {
             name: ClipReader(self.cache, split, self.config.generate.min_motion) for name, split in SPLITS.items()
@@ -120,12 +126,13 @@ class Sampler:
             latents = reader.batch(numbers)["latents"].float()
         else:
             latents = self.sample(self.rows[name], reader.batch(filled), [reader.ids[n] for n in filled])
-        lines = []
+        lines, stride = [], self.cache.identity["cache"]["stride"]
         for number, frames in zip(numbers, self.family.decode(latents), strict=False):
             file = f"{reader.ids[number].replace(':', '_')}.mp4"
-            fps = max(round(reader.fps[number] / self.config.cache.stride), 1)
+            fps = max(round(reader.fps[number] / stride), 1)
             storage.write(storage.join(plan["folder"], file), encode(frames, fps))
-            lines.append({"clip_id": reader.ids[number], "file": file, "caption": reader.captions[number]})
+            line = {"clip_id": reader.ids[number], "file": file, "caption": reader.captions[number], "stride": stride}
+            lines.append(line)
         return storage.to_rows(lines), ""
 
     @torch.no_grad()

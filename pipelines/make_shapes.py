@@ -28,7 +28,7 @@ def make_shapes(config: Config) -> Manifest:
     if data_set.finished:
         print(f"{KIND}: {data_set.uri} is finished; nothing to do")
         return data_set.manifest()
-    data_set.begin()
+    data_set.begin(config.model_dump_json(indent=1))
     pages = list(chunks(list(range(shapes.videos + shapes.damaged)), VIDEOS_PER_PAGE))
     parts = [Part(data_set.path("parts", f"page-{i:05d}.csv"), page, len(page)) for i, page in enumerate(pages)]
     arguments = {"seed": config.seed, "shapes": shapes.model_dump(), "folder": data_set.path("videos")}

@@ -13,11 +13,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from pipelines import storage
-from pipelines.compare import CONFIDENCE, METRICS, Arm, Verdict
+from pipelines import artifact, storage
 from pipelines.config import Config
 from pipelines.generate import REAL
+from pipelines.study import CONFIDENCE, METRICS, Arm, Verdict
 from pipelines.tracking import runs
+from pipelines.weights import KIND as WEIGHTS
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -50,9 +51,7 @@ def _table(arms: dict[str, Arm]) -> str:
 
 
 def _verdict(v: Verdict) -> str:
-    half = f" ± {v.difference.half:.3f}" if v.difference.half is not None else ""
-    figures = f"{METRICS[v.claim.metric]} {v.difference.mean:+.3f}{half}, {v.agree} of {v.difference.seeds} seeds"
-    return f"<li>{html.escape(v.claim.says)}: <b>{v.word}</b> <span>({html.escape(figures)})</span></li>"
+    return f"<li>{html.escape(v.claim.says)}: <b>{v.word}</b> <span>({html.escape(v.figures)})</span></li>"
 
 
 def _figure(draw: Callable[..., None], *arguments: Any) -> str:
@@ -95,15 +94,16 @@ def _plot_distribution(axes: Axes, arms: dict[str, Arm]) -> None:
 
 def _plot_loss(axes: Axes, config: Config) -> None:
     """The last loss in each bucket of t, of the training rows: the mean over seeds."""
-    curves: dict[str, list[list[float]]] = {}
     rows = config.training_rows()
-    fine_tuned = {name: row.arm for name, row in rows.items() if row.settings.weights}
-    shown = fine_tuned or {name: row.arm for name, row in rows.items()}
-    for run in runs(config, "train"):
-        name = run.info.run_name
-        buckets = sorted((key, value) for key, value in run.data.metrics.items() if key.startswith("loss_t"))
-        if name in shown and buckets:
-            curves.setdefault(shown[name], []).append([value for _, value in buckets])
+    fine_tuned = {name: row for name, row in rows.items() if row.settings.weights} or rows
+    found = {run.data.tags["cil.fingerprint"]: run for run in runs(config, "train")}
+    curves: dict[str, list[list[float]]] = {}
+    for name, row in fine_tuned.items():
+        weights = storage.join(config.out, "weights", name)
+        known_by = artifact.read_manifest(weights, WEIGHTS).fingerprint
+        if known_by in found:
+            metrics = found[known_by].data.metrics
+            curves.setdefault(row.arm, []).append([metrics[key] for key in sorted(metrics) if key.startswith("loss_t")])
     for arm, values in sorted(curves.items()):
         if len({len(v) for v in values}) == 1:
             axes.plot(np.linspace(0, 1, len(values[0])), np.mean(values, axis=0), marker=".", label=arm)

@@ -18,7 +18,7 @@ from pipelines.generate import KIND as VIDEOS
 from pipelines.generate import REAL, REFERENCE
 from pipelines.parts import Part, chunks, make_parts
 from pipelines.shapes import velocity_of
-from pipelines.tracking import Run
+from pipelines.tracking import Run, refuse_unreachable
 from pipelines.video import decode_all
 
 KIND = "scores"
@@ -29,18 +29,19 @@ CODE = ("pipelines.score", "pipelines.video", "cil.metrics.motion", "cil.metrics
 
 def score(config: Config) -> dict[str, Manifest]:
     """Every set of videos scored against the real ones."""
+    refuse_unreachable(config)
     rows = config.evaluation_rows()
     names = [REAL, *rows]
     videos = {
         name: artifact.read_manifest(storage.join(config.out, "videos", name), VIDEOS) for name in [REFERENCE, *names]
     }
-    net = _feature_net(config, videos[REFERENCE])
+    net = _feature_net(config, videos[REFERENCE], videos[REAL])
     sets = {name: _plan(config, name, videos[name], videos, net) for name in [REFERENCE, *names]}
 
     parts: dict[str, list[Part]] = {}
     for name, made in sets.items():
         if not made.finished:
-            made.begin()
+            made.begin(config.model_dump_json(indent=1))
             lots = chunks(_index(videos[name]), VIDEOS_PER_PART)
             parts[name] = [
                 Part(made.path("parts", f"part-{i:05d}.jsonl"), {"set": name, "lines": lot}, len(lot))
@@ -105,43 +106,53 @@ class Scorer:
         return storage.to_rows(lines), ""
 
 
+def evaluation(config: Config, scores: Manifest) -> str:
+    """What an evaluate run is known by."""
+    return fingerprint([scores.fingerprint, config.score.static_below])
+
+
 def _plan(config: Config, name: str, own: Manifest, videos: dict[str, Manifest], net: Artifact) -> Artifact:
     identity = {
         "videos": own.fingerprint,
         "real": videos[REAL].fingerprint,
-        "feature_net": fingerprint(net.identity),
+        "feature_net": net.fingerprint,
         "code": artifact.code(*CODE),
     }
     return Artifact(storage.join(config.out, "scores", name), KIND, identity)
 
 
-def _feature_net(config: Config, reference: Manifest) -> Artifact:
+def _feature_net(config: Config, reference: Manifest, real: Manifest) -> Artifact:
     """Trained once on the reference clips, whose captions tell their velocities."""
     identity = {
         "reference": reference.fingerprint,
         "steps": config.score.feature_steps,
         "seed": config.seed,
-        "stride": config.cache.stride,
         "code": artifact.code("cil.metrics.features"),
     }
     made = Artifact(storage.join(config.out, "feature_net"), NET_KIND, identity)
     if made.finished:
         return made
-    told = [(line, velocity_of(line["caption"])) for line in _index(reference)]
-    told = [(line, velocity) for line, velocity in told if velocity is not None]
-    if len(told) < 2:
-        raise UserError(
-            "the feature net learns velocities from captions as jobs.make_shapes writes them; these videos have none"
-        )
-    made.begin()
-    frames = torch.stack([decode_all(storage.read(storage.join(reference.uri, line["file"]))) for line, _ in told])
-    velocity = config.cache.stride * torch.tensor([v for _, v in told])
+    frames, velocity = _told(reference)
+    made.begin(config.model_dump_json(indent=1))
     net = train_velocity_net(frames, velocity, config.score.feature_steps, config.seed)
-    error = (net(frames)[1] - velocity).square().mean().sqrt()
     storage.write(made.path("net.safetensors"), safetensors.torch.save(net.state_dict()))
-    made.finish({"clips": len(told)})
-    print(f"{NET_KIND}: reads the velocity of {len(told)} real clips with an error of {error:.2f} pixels a frame")
+    made.finish({"clips": len(frames)})
+    unseen, truth = _told(real)
+    error = (net(unseen)[1] - truth).square().mean().sqrt()
+    print(f"{NET_KIND}: reads the velocity of real clips that it never saw with an error of {error:.2f} pixels a frame")
     return made
+
+
+def _told(videos: Manifest) -> tuple[Tensor, Tensor]:
+    """The clips whose captions tell their velocity, and that velocity in pixels a frame of the clip."""
+    told = [(line, velocity_of(line["caption"])) for line in _index(videos)]
+    frames = [decode_all(storage.read(storage.join(videos.uri, line["file"]))) for line, v in told if v is not None]
+    velocities = [[line["stride"] * x for x in v] for line, v in told if v is not None]
+    if len(frames) < 2:
+        raise UserError(
+            "the feature net learns velocities from captions as jobs.make_shapes writes them; here are none"
+        )
+    return torch.stack(frames), torch.tensor(velocities)
 
 
 def _load_net(uri: str) -> VelocityNet:
@@ -155,7 +166,7 @@ def _index(videos: Manifest) -> list[dict[str, Any]]:
 
 
 def _track(config: Config, name: str, scores: Manifest, videos: Manifest, values: dict[str, float]) -> None:
-    run = Run(config, name, "evaluate", scores.fingerprint)
+    run = Run(config, name, "evaluate", evaluation(config, scores))
     row = config.evaluation_rows().get(name)
     if row:
         trained = config.training_rows().get(row.weights)

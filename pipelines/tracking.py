@@ -1,9 +1,11 @@
 """The one place that talks to MLflow: a study is an experiment, each of its rows a run, found again by fingerprint."""
 
 import contextlib
+import socket
 import time
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipelines import storage
 from pipelines.config import Config
@@ -30,7 +32,6 @@ class Run:
         found = self._client.search_runs([experiment], same)
         if found:
             self.id = found[0].info.run_id
-            self._client.update_run(self.id, status="RUNNING")
         else:
             tags = {"cil.fingerprint": fingerprint, "cil.stage": stage, "mlflow.runName": name}
             self.id = self._client.create_run(experiment, tags=tags).info.run_id
@@ -63,6 +64,17 @@ class Run:
         if name not in self._last:
             self._last[name] = max((m.step for m in self._client.get_metric_history(self.id, name)), default=-1)
         return self._last[name]
+
+
+def refuse_unreachable(config: Config) -> None:
+    """In seconds, where MLflow's own client tries for minutes."""
+    parts = urlsplit(store_uri(config))
+    if parts.scheme in ("http", "https"):
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        try:
+            socket.create_connection((parts.hostname or "", port), timeout=5).close()
+        except OSError as error:
+            raise UserError(f"tracking.uri={config.tracking.uri}: cannot be reached ({error})") from None
 
 
 def open_study(config: Config) -> tuple[Any, str]:

@@ -1,7 +1,7 @@
 """Videos from and to bytes. Frames are uint8 [T, H, W, 3] RGB.
 
-Both decoders give the same frames. PyAV is the faster one: packets are looked at first, and those that hold a frame
-which is neither wanted nor referred to by another are never decoded.
+Both decoders give the same frames, but see docs/log.md. PyAV is the faster one: packets are looked at first, and those
+that hold a frame which is neither wanted nor referred to by another are never decoded.
 """
 
 import io
@@ -63,10 +63,12 @@ class PyAVDecoder:
                     found[frame.pts] = frame.to_ndarray(format="rgb24")
                 if len(found) == len(pts):
                     break
-        except av.FFmpegError as error:
+        except (av.FFmpegError, ValueError) as error:
             raise BadVideo("damaged", str(error)) from None
         if len(found) < len(pts):
             raise BadVideo("damaged", f"{len(pts) - len(found)} of {len(pts)} frames cannot be decoded")
+        if len({frame.shape for frame in found.values()}) > 1:
+            raise BadVideo("damaged", "its frames change their size")
         return np.stack([found[self._pts[i]] for i in wanted])
 
     def _decode(self, first: int, wanted: set[int]) -> Iterator[av.VideoFrame]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from cil.families import Family
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
-from pipelines.cache import refuse_other_family
+from pipelines.cache import family_code, refuse_other_family, snapshot
 from pipelines.config import Config, TrainingRow
 
 KIND = "weights"
@@ -29,13 +29,12 @@ def plan_weights(
         parent = parents[start].fingerprint
     elif start:
         parent = read_weights(config, start).fingerprint
-    family = config.family.name
     identity = {
         "family": config.family.model_dump(),
         "row": row.shaping(),
         "parent": parent,
-        "cache": cache.fingerprint,
-        "code": artifact.code(*CODE, f"cil.families.{family}", f"cil.nets.{family}"),
+        "cache": snapshot(cache),
+        "code": artifact.code(*CODE, *family_code(config)),
     }
     return Artifact(uri_of(config, name), KIND, identity)
 

@@ -1,5 +1,6 @@
 """Processes killed in the middle of the work: the run recovers, or the same command again does, to the same result."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -22,14 +23,18 @@ from pipelines.tracking import runs, store_uri
 pytestmark = pytest.mark.slow
 
 
-def files(folder: str | Path, pattern: str = "**/*") -> dict[str, bytes]:
+def files(folder: str | Path, pattern: str = "[!.]*") -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).glob(pattern)) if p.is_file()}
 
 
 def ray_workers(title: str) -> list[psutil.Process]:
     """Of the clusters that this process started."""
-    ours = psutil.Process().children(recursive=True)
-    return [p for p in ours if p.is_running() and title in " ".join(p.cmdline() or [p.name()])]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 class Killer(threading.Thread):

@@ -16,14 +16,14 @@ def uri(tmp_path) -> str:
 
 def finished(uri: str, counts=None, **content):
     made = Artifact(uri, "latent cache", IDENTITY)
-    made.begin()
+    made.begin("{}")
     return made.finish(counts or {}, **content)
 
 
 def test_without_a_manifest_an_artifact_is_unfinished_and_readers_say_so(uri):
     with pytest.raises(UserError, match=r"does not exist.*jobs\.build_cache"):
         artifact.read_manifest(uri, "latent cache")
-    Artifact(uri, "latent cache", IDENTITY).begin()
+    Artifact(uri, "latent cache", IDENTITY).begin("{}")
     with pytest.raises(UserError, match="unfinished"):
         artifact.read_manifest(uri, "latent cache")
 
@@ -37,7 +37,7 @@ def test_a_finished_artifact_is_found_finished_by_the_next_run(uri):
 
 
 def test_another_configuration_never_mixes_and_the_field_that_differs_is_named(uri):
-    Artifact(uri, "latent cache", IDENTITY).begin()
+    Artifact(uri, "latent cache", IDENTITY).begin("{}")
     with pytest.raises(UserError, match=r"cache\.stride was 1, is 2.*`out`"):
         Artifact(uri, "latent cache", {"cache": {"stride": 2, "seed": 3}, "code": "abc"})
 

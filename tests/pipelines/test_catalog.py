@@ -52,6 +52,7 @@ def test_a_missing_csv_is_named(tmp_path):
         ("x", "a//b"),
         ("", "p"),
         ("a\0b", ""),
+        ("a:b", ""),
     ],
 )
 def test_a_name_that_would_leave_the_folder_is_unsafe(videoid, page_dir):

@@ -3,8 +3,9 @@ from types import SimpleNamespace
 import pytest
 from scipy.stats import ttest_rel
 
-from pipelines.compare import Arm, Estimate, markdown, put_to_the_test
+from pipelines.compare import markdown, put_to_the_test
 from pipelines.config import ClaimConfig
+from pipelines.study import Arm, Estimate
 
 
 def arm(name: str, *values: float) -> Arm:
@@ -31,7 +32,7 @@ def test_seeds_are_paired_so_what_they_share_does_not_hide_the_difference():
     ours, theirs = [1.10, 5.11, 9.09], [1.0, 5.0, 9.0]
     v = verdict(ours, theirs)
     assert v.word == "holds"
-    assert v.agree == 3
+    assert v.figures == "motion score +0.100 ± 0.025, 3 of 3 seeds"
     assert ttest_rel(ours, theirs).pvalue < 0.05  # the same test, by somebody else
 
 
@@ -44,17 +45,16 @@ def test_the_opposite_is_said_as_plainly():
 
 
 def test_one_seed_tests_nothing():
-    assert verdict([2.0], [1.0]).word == "not tested (one seed)"
+    assert verdict([2.0], [1.0]).word == "not tested (1 common seeds)"
 
 
 def test_real_clips_stand_against_every_seed():
     v = verdict([2.0, 2.1, 1.9], [1.0, 7.0, 7.0], against="real")
-    assert v.difference.mean == pytest.approx(1.0)
-    assert v.difference.seeds == 3
+    assert v.differences == pytest.approx([1.0, 1.1, 0.9])
 
 
-def test_a_claim_about_a_row_that_is_not_there_is_left_out():
-    assert put_to_the_test(claim(), {"cure": arm("cure", 1.0)}) is None
+def test_a_claim_about_a_row_that_is_not_there_is_shown_as_untested():
+    assert put_to_the_test(claim(), {"cure": arm("cure", 1.0)}).word == "not tested (0 common seeds)"
 
 
 def test_the_table_has_a_line_a_row_and_shows_a_hole_as_a_hole():

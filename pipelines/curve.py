@@ -1,0 +1,38 @@
+"""The training loss between two points of the curve, in all and by bucket of t, where leakage can be seen."""
+
+import time
+
+import torch
+from torch import Tensor
+
+BUCKETS = 10
+
+
+class Curve:
+    """Means since the last point, over all ranks."""
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self.steps, self.device = steps, device
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums = torch.zeros(2, BUCKETS, dtype=torch.float64, device=self.device)
+        self.begin = time.perf_counter()
+
+    def add(self, loss: Tensor, t: Tensor) -> None:
+        bucket = t * BUCKETS // self.steps
+        self.sums[0].index_add_(0, bucket, loss.detach().double())
+        self.sums[1].index_add_(0, bucket, torch.ones_like(loss, dtype=torch.float64))
+
+    def take(self) -> dict[str, float]:
+        import torch.distributed as dist
+
+        dist.all_reduce(self.sums)
+        loss, count = self.sums.cpu()
+        seconds = time.perf_counter() - self.begin
+        values = {"loss": float(loss.sum() / count.sum()), "samples_per_second": float(count.sum()) / seconds}
+        for bucket in range(BUCKETS):
+            if count[bucket]:
+                values[f"loss_t{bucket * self.steps // BUCKETS:03d}"] = float(loss[bucket] / count[bucket])
+        self._clear()
+        return values

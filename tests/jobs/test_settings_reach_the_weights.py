@@ -1,0 +1,64 @@
+"""Every training setting reaches the weights: rows of one study that differ in one of them."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.finetune import finetune
+from pipelines.tracking import runs
+
+pytestmark = pytest.mark.slow
+
+DIFFERENT = {
+    "seed": "seeds: [5]",
+    "samples": "samples: 64",
+    "batch": "batch: 16",
+    "lr": "lr: 0.01",
+    "warmup": "warmup: 0",
+    "clip_norm": "clip_norm: 0.01",
+    "ema": "ema: 0",
+    "drop": "drop: 0.9",
+    "min_motion": "min_motion: 0.2",
+    "weights": "weights: null",
+    "constant": "conditioning: {kind: constant}",
+    "level": "conditioning: {kind: constant, level: 3}",
+    "timenoise": "conditioning: {kind: timenoise}",
+    "beta_m": "conditioning: {kind: timenoise, beta_m: 3}",
+    "a": "conditioning: {kind: timenoise, a: 0.5}",
+}
+
+
+def study(rows: list[str]) -> str:
+    return "finetune.rows={" + ", ".join(rows) + "}"
+
+
+def test_rows_that_differ_in_one_setting_have_other_weights(road, smallest, tmp_path):
+    """And a row that is added to a finished study is trained alone, the others being left as they are."""
+    (tmp_path / "cache").symlink_to(Path(road.out, "cache"))
+    shared = ["finetune.row.seeds=[1]", "finetune.row.samples=32", "generate.rows={}", "compare.claims=[]"]
+    shared += [f"finetune.row.weights={road.out}/weights/base"]
+    first = [study(["plain: {}"]), *shared]
+    finetune(smallest(tmp_path, *first))
+    plain = tmp_path / "weights/plain/toy.safetensors"
+    made = plain.stat().st_mtime_ns
+
+    rows = ["plain: {}", *(f"{name}: {{{own}}}" for name, own in DIFFERENT.items())]
+    config = smallest(tmp_path, study(rows), *shared)
+    finetune(config)
+    assert plain.stat().st_mtime_ns == made
+    weights = {path.parent.name: path.read_bytes() for path in (tmp_path / "weights").glob("*/toy.safetensors")}
+    assert weights.keys() == {"plain", *DIFFERENT}
+    assert len(set(weights.values())) == len(weights)
+    assert {run.info.run_name for run in runs(config, "train")} == weights.keys()
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_and_says_what_to_change(road, smallest, tmp_path):
+    (tmp_path / "cache").symlink_to(Path(road.out, "cache"))
+    wild = "finetune.rows={wild: {weights: null, seeds: [0], samples: 960, lr: 1.0e+18}}"
+    config = smallest(tmp_path, wild, "generate.rows={}", "compare.claims=[]", "finetune.max_failures=0")
+    with pytest.raises(
+        UserError, match=r"training of wild stopped: .*row wild: the loss is (nan|inf) .*lower lr=1e\+18"
+    ):
+        finetune(config)
+    assert not (tmp_path / "weights/wild/manifest.json").exists()
