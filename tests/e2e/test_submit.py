@@ -41,22 +41,36 @@ def environment(tmp_path_factory) -> dict[str, str]:
 def cluster(environment) -> Iterator[str]:
     """The address of the dashboard of a head node."""
     folder = tempfile.mkdtemp(prefix="ray")  # short: Ray's sockets stand in it
-    port, dashboard = free_port(), free_port()
+    # Ports of its own: another Ray of this machine may have the usual ones.
+    dashboard = free_port()
+    ports = {"port": free_port(), "dashboard-port": dashboard, "dashboard-agent-listen-port": free_port()}
+    command = [
+        BIN / "ray",
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=2",
+        f"--temp-dir={folder}",
+        "--disable-usage-stats",
+    ]
     subprocess.run(
         [BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, stdout=subprocess.DEVNULL
     )
     head = subprocess.Popen(
-        [BIN / "ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2",
-         f"--temp-dir={folder}", "--disable-usage-stats"],
-        env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [*command, *(f"--{name}={port}" for name, port in ports.items())],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     for line in head.stdout:
         if "Ray runtime started" in line:
             break
     else:
         pytest.fail("ray start ended")
     yield f"http://127.0.0.1:{dashboard}"
-    os.killpg(head.pid, signal.SIGTERM)
+    head.terminate()
     try:
         head.wait(timeout=20)
     except subprocess.TimeoutExpired:

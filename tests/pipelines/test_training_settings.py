@@ -27,9 +27,8 @@ def test_the_constant_control_has_the_mean_level_of_the_timenoise_it_controls():
 
 
 def test_timenoise_that_cannot_be_told_from_constant_is_warned_of():
-    flat, moving, naive = (
-        RowConfig(conditioning=c) for c in ({"kind": "timenoise", "a": 100}, {"kind": "timenoise"}, {})
-    )
+    kinds = ({"kind": "timenoise", "a": 100}, {"kind": "timenoise"}, {"kind": "none"})
+    flat, moving, naive = (RowConfig(conditioning=kind) for kind in kinds)
     assert "WARNING: with a=100.0 it hardly depends on t" in describe_levels(flat)
     assert "median beta_s at t = .1, .5, .9: 0.27, 0.28, 0.55" in describe_levels(moving)
     assert "WARNING" not in describe_levels(moving)
