@@ -53,7 +53,7 @@ class Artifact:
         plan_uri = storage.join(uri, "plan.json")
         self._begun = storage.exists(plan_uri)
         if self._begun:
-            self._refuse_other(json.loads(storage.read(plan_uri)))
+            self._refuse_other(_read_json(plan_uri))
         self.finished = storage.exists(storage.join(uri, "manifest.json"))
 
     def path(self, *names: str) -> str:
@@ -103,7 +103,7 @@ def read_manifest(uri: str, kind: str) -> Manifest:
     if not storage.exists(path):
         state = "is unfinished" if storage.exists(storage.join(uri, "plan.json")) else "does not exist"
         raise UserError(f"the {kind} at {uri} {state}: run the job that makes it ({MADE_BY[kind]}) first")
-    body = json.loads(storage.read(path))
+    body = _read_json(path)
     if body["kind"] != kind or body["schema_version"] != SCHEMA_VERSION:
         found = f"{body['kind']}, schema {body['schema_version']}"
         raise UserError(f"{uri} holds a {found}; wanted is a {kind}, schema {SCHEMA_VERSION}")
@@ -120,6 +120,16 @@ MADE_BY = {
     "feature net": "jobs.score",
     "comparison": "jobs.compare",
 }
+
+
+def _read_json(uri: str) -> dict[str, Any]:
+    try:
+        body = json.loads(storage.read(uri))
+    except ValueError as error:
+        raise UserError(f"{uri} is damaged ({error}): remove its folder, and run the job that makes it again") from None
+    if not isinstance(body, dict) or not {"kind", "schema_version", "fingerprint", "identity"} <= body.keys():
+        raise UserError(f"{uri} is not one of ours: remove its folder, and run the job that makes it again")
+    return body
 
 
 def _version(package: str) -> str:

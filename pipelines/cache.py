@@ -258,7 +258,11 @@ def open_part(cache: Manifest, name: str) -> pa.ipc.RecordBatchFileReader:
     """Mapped into memory where it is a local file."""
     uri = storage.join(cache.uri, "parts", name)
     source = pa.memory_map(uri) if storage.is_local(uri) else pa.py_buffer(storage.read(uri))
-    return pa.ipc.open_file(source)
+    try:
+        return pa.ipc.open_file(source)
+    except pa.ArrowInvalid as error:
+        mend = "remove it and the cache's manifest.json, and run jobs.build_cache again"
+        raise UserError(f"{uri} is damaged ({error}): {mend}") from None
 
 
 def _unit(seed: int, videoid: str, what: str) -> float:

@@ -71,6 +71,17 @@ def test_the_fingerprint_does_not_depend_on_the_order_of_keys():
     assert artifact.fingerprint({"a": 1}) != artifact.fingerprint({"a": 2})
 
 
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"{}", b"\xff"])
+def test_a_damaged_manifest_or_plan_is_one_line_that_names_it(uri, text):
+    finished(uri)
+    for name, look in (("manifest.json", lambda: artifact.read_manifest(uri, "latent cache")),
+                       ("plan.json", lambda: Artifact(uri, "latent cache", IDENTITY))):  # fmt: skip
+        storage.write(storage.join(uri, name), text)
+        with pytest.raises(UserError, match=rf"{name} is (damaged|not one of ours).*run the job") as error:
+            look()
+        assert "\n" not in str(error.value)
+
+
 def test_looking_at_an_artifact_that_is_not_begun_leaves_no_trace(uri, tmp_path):
     Artifact(uri, "latent cache", IDENTITY)
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,8 @@
 import pytest
 
+from pipelines.artifact import Manifest
+from pipelines.cache import open_part
+from pipelines.errors import UserError
 from pipelines.reader import SampleOrder, lanes
 
 
@@ -22,3 +25,11 @@ def test_the_ranks_together_read_the_same_batch_whatever_their_number(world):
     positions = sorted(p for rank in range(world) for p in lanes(48, 16, rank, world))
     assert positions == list(range(48, 64))
     assert lanes(48, 16, 0, world) == list(range(48, 64, world))
+
+
+@pytest.mark.parametrize("data", [b"", b"ARROW1", b"\0" * 500])
+def test_a_damaged_part_is_one_line_that_names_it(tmp_path, data):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "part-000000.arrow").write_bytes(data)
+    with pytest.raises(UserError, match=r"part-000000\.arrow is damaged .*jobs\.build_cache"):
+        open_part(Manifest(str(tmp_path), "latent cache", "", {}, {}, {}), "part-000000.arrow")
