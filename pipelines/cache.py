@@ -75,7 +75,7 @@ def _finish(cache: Artifact, made: list[Part]) -> Manifest:
     parts, rejects = [], []
     for part in made:
         data = storage.read(part.uri)
-        reader = pa.ipc.open_file(pa.py_buffer(data))
+        reader = _open(part.uri, pa.py_buffer(data))
         digest = hashlib.sha256(data).hexdigest()
         parts.append({"name": posixpath.basename(part.uri), "sha256": digest, "clips": reader.read_all().num_rows})
         rejects += json.loads(reader.schema.metadata[b"rejects"])
@@ -258,6 +258,10 @@ def open_part(cache: Manifest, name: str) -> pa.ipc.RecordBatchFileReader:
     """Mapped into memory where it is a local file."""
     uri = storage.join(cache.uri, "parts", name)
     source = pa.memory_map(uri) if storage.is_local(uri) else pa.py_buffer(storage.read(uri))
+    return _open(uri, source)
+
+
+def _open(uri: str, source: pa.NativeFile | pa.Buffer) -> pa.ipc.RecordBatchFileReader:
     try:
         return pa.ipc.open_file(source)
     except pa.ArrowInvalid as error:

@@ -46,8 +46,10 @@ def read_catalog(config: CatalogConfig, default: str) -> Catalog:
     if not storage.exists(uri):
         made = "" if config.csv else " (python -m jobs.make_shapes writes one to try with)"
         raise UserError(f"catalog.csv={uri}: there is no such file{made}")
+    if storage.is_local(folder) and not storage.exists(folder):
+        raise UserError(f"catalog.videos={folder}: there is no such folder; the files of {uri} are looked for in it")
     data = storage.read(uri)
-    rows = csv.DictReader(io.StringIO(data.decode("utf-8", errors="replace"), newline=""))
+    rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig", errors="replace"), newline=""))
     missing = [name for name in COLUMNS if name not in (rows.fieldnames or [])]
     if missing:
         raise UserError(f"catalog.csv={uri}: has no column {', '.join(missing)}; found are {rows.fieldnames or 'none'}")

@@ -36,6 +36,16 @@ def test_a_csv_that_is_no_catalog_is_refused_in_one_line(tmp_path, data, says):
         catalog(tmp_path, data)
 
 
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path):
+    assert catalog(tmp_path, b"\xef\xbb\xbf" + HEADER.encode() + b"1,u,,p,x\r\n").videos[0].videoid == "1"
+
+
+def test_a_folder_of_videos_that_is_not_there_is_named_before_the_start(tmp_path):
+    (tmp_path / "v.csv").write_text(HEADER + "1,u,,p,x\n")
+    with pytest.raises(UserError, match=r"catalog\.videos=.*nodir: there is no such folder"):
+        read_catalog(CatalogConfig(csv=str(tmp_path / "v.csv"), videos=str(tmp_path / "nodir")), str(tmp_path))
+
+
 def test_a_missing_csv_is_named(tmp_path):
     with pytest.raises(UserError, match=r"catalog\.csv=.*nowhere\.csv"):
         read_catalog(CatalogConfig(csv=str(tmp_path / "nowhere.csv")), str(tmp_path))
