@@ -344,11 +344,11 @@ def test_the_study_is_the_experiment_that_the_configuration_names(road):
 
 
 def test_clips_too_small_for_a_motion_score_are_refused_before_the_start(road, smallest, tmp_path):
-    videos = f"catalog.csv={road.out}/shapes/videos.csv"
+    shapes = [f"catalog.csv={road.out}/shapes/videos.csv", f"catalog.videos={road.out}/shapes/videos"]
     with pytest.raises(UserError, match="8 x 8 x 32; a motion score needs"):
-        cache.build_cache(smallest(tmp_path, videos, "family.height=8"))
+        cache.build_cache(smallest(tmp_path, *shapes, "family.height=8"))
     with pytest.raises(UserError, match="multiples of 8"):
-        cache.build_cache(smallest(tmp_path, videos, "family.height=30"))
+        cache.build_cache(smallest(tmp_path, *shapes, "family.height=30"))
 
 
 def test_a_tracking_server_that_nobody_runs_is_one_line(road, smallest):
