@@ -43,7 +43,18 @@ class Draws:
 def normal_like(x: Tensor, random: "torch.Generator | Draws | None") -> Tensor:
     """Standard normal of x's shape [B, ...], on its device, from a generator or from per-sample draws."""
     if isinstance(random, Draws):
-        if len(random) != len(x):
-            raise ValueError(f"{len(random)} streams of draws for a batch of {len(x)}")
-        return random.normal(*x.shape[1:]).to(x)
+        return _matching(random, x).normal(*x.shape[1:]).to(x)
     return torch.randn(x.shape, generator=random, device=x.device, dtype=x.dtype)
+
+
+def uniform_like(x: Tensor, random: "torch.Generator | Draws | None") -> Tensor:
+    """The same, uniform in [0, 1)."""
+    if isinstance(random, Draws):
+        return _matching(random, x).uniform(*x.shape[1:]).to(x)
+    return torch.rand(x.shape, generator=random, device=x.device, dtype=x.dtype)
+
+
+def _matching(draws: Draws, x: Tensor) -> Draws:
+    if len(draws) != len(x):
+        raise ValueError(f"{len(draws)} streams of draws for a batch of {len(x)}")
+    return draws

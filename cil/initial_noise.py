@@ -1,10 +1,20 @@
 """Analytic-Init: sampling starts at M < T from the normal that is KL-optimal for the marginal at M.
 
 Equation (5) of the paper: x_M ~ N(alpha_M E[X0], (alpha_M^2 tr(Cov X0)/d + sigma_M^2) I).
+
+    noise = InitialNoise.load("initial_noise_512.pt")       # or a file of ours
+    t = process.start(M=940)
+    x_M = noise.sample(process, t, batch=4)                 # [4, T, C, H, W]
 """
 
+import io
 import json
-from dataclasses import dataclass
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, get_args
 
 import safetensors.torch
 import torch
@@ -13,49 +23,236 @@ from torch import Tensor
 from cil.conditioning import Random
 from cil.draws import normal_like
 from cil.moments import Moments
-from cil.processes import VP
+from cil.processes import EDM, Process
+
+Covariance = Literal["isotropic", "diagonal"]
+Layout = Literal["lvdm", "svd"]
+
+# The keys of the two published layouts: E[X0], tr(Cov)/d.
+PUBLISHED: dict[Layout, tuple[str, str]] = {
+    "lvdm": ("Expectation_X0", "Tr_Cov_d"),  # B C T H W: DynamiCrafter, VideoCrafter1
+    "svd": ("Expectation_x_0", "trCov_d"),  # T C H W, or B T C H W
+}
 
 
 @dataclass(frozen=True)
 class InitialNoise:
-    """E[X0] [T, C, H, W] and tr(Cov)/d of the training latents."""
+    """E[X0] [T, C, H, W] and tr(Cov)/d of the training latents, with what is known of where they are from."""
 
     mean: Tensor
     variance: float
-    count: int
+    diagonal: Tensor | None = None  # of Cov; published files do not have it
+    count: int = 0  # samples; 0 where a file does not say
+    mean_error: float | None = None  # standard errors: root mean square over the elements of E[X0],
+    variance_error: float | None = None  # and of tr(Cov)/d
+    facts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # family, scaling_factor, ...
 
     def __post_init__(self) -> None:
-        if not self.variance >= 0:
+        if not 0 <= self.variance < float("inf"):
             raise ValueError(f"variance={self.variance}: at least 0")
+        if self.mean.dim() != 4:
+            raise ValueError(f"mean of shape {list(self.mean.shape)}: E[X0] is [T, C, H, W]")
+        if not torch.isfinite(self.mean).all():
+            raise ValueError("mean: E[X0] has NaN or inf")
+        if self.diagonal is not None and self.diagonal.shape != self.mean.shape:
+            raise ValueError(f"diagonal of {list(self.diagonal.shape)} beside a mean of {list(self.mean.shape)}")
 
     @classmethod
-    def from_moments(cls, moments: Moments) -> "InitialNoise":
-        return cls(moments.mean, moments.trace_cov_per_dim, moments.count)
+    def from_moments(cls, *groups: Moments, **facts: str) -> "InitialNoise":
+        """Of moments, in one or in several groups that share no video: standard errors are told by several.
+
+        The errors are a jackknife over groups, each left out in turn, and so need no assumption on how clips of a video
+        or elements of a latent hang together. With one group only that of the mean is known, as of independent samples.
+        """
+        total = Moments.merged(groups)
+        noise = cls(total.mean, total.trace_cov_per_dim, total.variance, total.count, facts=MappingProxyType(facts))
+        groups = tuple(group for group in groups if group.count)
+        if len(groups) < 2:
+            return replace(noise, mean_error=(noise.variance / noise.count) ** 0.5)
+        squares = torch.zeros_like(total.mean)
+        shifts, variances = [], []
+        for group in groups:
+            left = total.count - group.count
+            delta = (group.mean - total.mean) + (group.rest - total.rest)
+            shifts.append(-delta * (group.count / left))  # of the mean without this group
+            m2 = total.m2 - group.m2 - delta**2 * (group.count * total.count / left)
+            variances.append(float(m2.mean()) / left)
+        middle = torch.stack(shifts).mean(0)
+        for shift in shifts:
+            squares += (shift - middle) ** 2
+        share = (len(groups) - 1) / len(groups)
+        spread = torch.tensor(variances, dtype=torch.float64).sub(sum(variances) / len(variances)).square().sum()
+        return replace(
+            noise, mean_error=float((share * squares).mean()) ** 0.5, variance_error=float(share * spread) ** 0.5
+        )
 
     @classmethod
     def standard(cls, shape: tuple[int, ...]) -> "InitialNoise":
         """N(0, I) at every M: the start without Analytic-Init."""
-        return cls(torch.zeros(shape, dtype=torch.float64), 1.0, 0)
+        return cls(torch.zeros(shape, dtype=torch.float64), 1.0)
 
-    def at(self, process: VP, M: int) -> tuple[Tensor, float]:
-        """Mean [T, C, H, W] and standard deviation of x_M."""
-        t = process.start(M)
-        alpha, sigma = process.alpha(t), process.sigma(t)
-        return alpha * self.mean, float((alpha**2 * self.variance + sigma**2).sqrt())
+    # -- the start of sampling ---------------------------------------------------------------------------------------
 
-    def sample(self, process: VP, M: int, batch: int, random: Random = None) -> Tensor:
-        """x_M [batch, T, C, H, W], float32."""
-        mean, std = self.at(process, M)
-        eps = normal_like(torch.empty(batch, *self.mean.shape), random)
-        return mean.to(eps) + std * eps
+    def at(
+        self, process: Process, t: Tensor, covariance: Covariance = "isotropic", reference_compat: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Mean [T, C, H, W] and standard deviation of x_M, for the time that sampling starts at.
 
-    def to_bytes(self, **provenance: str) -> bytes:
-        """A safetensors file whose metadata say where the figures are from."""
-        facts = {"variance": repr(self.variance), "count": str(self.count)}
-        return safetensors.torch.save({"mean": self.mean.contiguous()}, metadata={**provenance, **facts})
+        A process with a dynamic rescale has its signal scaled, and so have the mean and variance here. The deviation is
+        one number; `diagonal`: one for each element. `reference_compat` is the start of published samples: without
+        the dynamic rescale, and on EDM as SVD's pipeline really makes it, where mean and variance have changed places.
+        """
+        if not isinstance(t, Tensor):
+            raise ValueError(f"t={t!r}: a time of the process; of M it is process.start(M)")
+        if covariance not in get_args(Covariance):
+            raise ValueError(f"covariance={covariance!r}: one of {', '.join(get_args(Covariance))}")
+        alpha, sigma = process.alpha(t).cpu(), process.sigma(t).cpu()
+        if reference_compat and isinstance(process, EDM):
+            return torch.full_like(self.mean, self.variance), (sigma**2 + 1 + self.mean).sqrt()
+        if not reference_compat:
+            alpha = alpha * process.x0_scale(t).cpu()
+        variance: float | Tensor = self.variance
+        if covariance == "diagonal":
+            variance = self._known_diagonal()
+        return alpha * self.mean, (alpha**2 * variance + sigma**2).sqrt()
+
+    def sample(
+        self,
+        process: Process,
+        t: Tensor,
+        batch: int,
+        random: Random = None,
+        covariance: Covariance = "isotropic",
+        reference_compat: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """x_M [batch, T, C, H, W], float32, each sample with noise of its own."""
+        if batch < 1:
+            raise ValueError(f"batch={batch}: at least 1")
+        mean, std = self.at(process, t, covariance, reference_compat)
+        eps = normal_like(torch.empty(batch, *self.mean.shape, device=device), random)
+        return mean.to(eps) + std.to(eps) * eps
+
+    def divergence(self, process: Process, t: Tensor, covariance: Covariance | Literal["standard"]) -> float:
+        """KL(marginal at t || start) per dimension, in nats, for a start of this covariance or from N(0, I).
+
+        The marginal is taken as the normal with these moments; correlations between elements, which no start here has,
+        would add the same to each.
+        """
+        mean, spread = self.at(process, t, "diagonal")
+        if covariance == "standard":
+            start, std = torch.zeros_like(mean), torch.ones((), dtype=torch.float64)
+        else:
+            start, std = self.at(process, t, covariance)
+        ratio = (spread / std) ** 2
+        return float((ratio - 1 - ratio.log() + ((mean - start) / std) ** 2).mean() / 2)
+
+    def _known_diagonal(self) -> Tensor:
+        if self.diagonal is None:
+            raise ValueError("covariance='diagonal': this initial noise has none; published files hold tr(Cov)/d only")
+        return self.diagonal
+
+    # -- what it is good for -----------------------------------------------------------------------------------------
+
+    def check(self, shape: tuple[int, ...], **facts: str) -> None:
+        """Refuses to be used for latents [T, C, H, W] of another shape, or for another family or scaling factor.
+
+        What a file does not say, as published ones do not, cannot be checked.
+        """
+        for name, wanted in facts.items():
+            if name in self.facts and self.facts[name] != wanted:
+                raise ValueError(f"initial noise of {name}={self.facts[name]}, not {wanted}")
+        if tuple(self.mean.shape) != tuple(shape):
+            names = ("frames", "channels", "latent height", "latent width")
+            found = zip(names, self.mean.shape, shape, strict=True)
+            differing = ", ".join(f"{name} {have}, not {want}" for name, have, want in found if have != want)
+            raise ValueError(f"initial noise of {differing}")
+
+    def __str__(self) -> str:
+        """The estimates with their standard errors, and whether the videos were enough."""
+        size = float(self.mean.square().mean()) ** 0.5
+        mean_error, variance_error = (
+            "" if error is None else f" ± {error:.2g}" for error in (self.mean_error, self.variance_error)
+        )
+        of = f", from {self.count} samples" if self.count else ""
+        shown = f"E[X0] rms {size:.4g}{mean_error}, tr(Cov)/d {self.variance:.4g}{variance_error}{of}"
+        if self.mean_error is not None and self.mean_error**2 > 0.1 * size**2:
+            share = min(self.mean_error**2 / size**2, 1) if size else 1
+            shown += f". {share:.0%} of E[X0] is sampling noise: more videos would make it better"
+        return shown
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def to_bytes(self) -> bytes:
+        """Our own file: safetensors, whose metadata hold the figures and facts."""
+        tensors = {"mean": self.mean.contiguous()}
+        if self.diagonal is not None:
+            tensors["diagonal"] = self.diagonal.contiguous()
+        figures = {"variance": self.variance, "mean_error": self.mean_error, "variance_error": self.variance_error}
+        metadata = {name: repr(value) for name, value in figures.items() if value is not None}
+        return safetensors.torch.save(tensors, metadata={**self.facts, **metadata, "count": str(self.count)})
+
+    def to_published(self, layout: Layout) -> bytes:
+        """A `.pt` file that the reference's loaders take."""
+        if layout not in PUBLISHED:
+            raise ValueError(f"layout={layout!r}: one of {', '.join(PUBLISHED)}")
+        mean = self.mean.float()
+        tensors = (mean.transpose(0, 1)[None] if layout == "lvdm" else mean).contiguous(), torch.tensor(self.variance)
+        file = io.BytesIO()
+        torch.save(dict(zip(PUBLISHED[layout], tensors, strict=True)), file)
+        return file.getvalue()
+
+    def save(self, path: str | Path, layout: Layout | None = None) -> None:
+        """Our own file, or one of a published layout."""
+        Path(path).write_bytes(self.to_bytes() if layout is None else self.to_published(layout))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "InitialNoise":
+        """Any of the three layouts."""
+        try:
+            return cls.from_bytes(Path(path).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "InitialNoise":
-        length = int.from_bytes(data[:8], "little")
-        facts = json.loads(data[8 : 8 + length])["__metadata__"]
-        return cls(safetensors.torch.load(data)["mean"], float(facts["variance"]), int(facts["count"]))
+        return cls._published(data) if data[:1] in (b"P", b"\x80") else cls._ours(data)
+
+    @classmethod
+    def _ours(cls, data: bytes) -> "InitialNoise":
+        try:
+            tensors = safetensors.torch.load(data)
+            facts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+            mean, variance = tensors["mean"], float(facts.pop("variance"))
+        except (safetensors.SafetensorError, KeyError) as error:
+            found = f"begins with {data[:8]!r}" if isinstance(error, safetensors.SafetensorError) else f"lacks {error}"
+            raise ValueError(f"not a file of initial noise: neither safetensors of ours nor a .pt ({found})") from None
+        count = int(facts.pop("count", 0))
+        mean_error, variance_error = (
+            float(facts.pop(name)) if name in facts else None for name in ("mean_error", "variance_error")
+        )
+        facts = MappingProxyType(facts)
+        return cls(mean, variance, tensors.get("diagonal"), count, mean_error, variance_error, facts)
+
+    @classmethod
+    def _published(cls, data: bytes) -> "InitialNoise":
+        try:
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            raise ValueError(f"not a .pt file of tensors, or a damaged one ({reason})") from None
+        found = [layout for layout, keys in PUBLISHED.items() if isinstance(state, dict) and set(keys) <= state.keys()]
+        if not found:
+            keys = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state).__name__
+            wanted = " or ".join(" and ".join(pair) for pair in PUBLISHED.values())
+            raise ValueError(f"a .pt file of {keys}; initial noise has {wanted}")
+        layout, names = found[0], PUBLISHED[found[0]]
+        mean, variance = (torch.as_tensor(state[name]).double() for name in names)
+        if variance.numel() != 1:
+            raise ValueError(f"{names[1]} of shape {list(variance.shape)}: one number")
+        if mean.dim() == 5 and len(mean) == 1:
+            mean = mean[0].transpose(0, 1) if layout == "lvdm" else mean[0]
+        elif layout == "lvdm" or mean.dim() != 4:
+            wanted = "[1, C, T, H, W]" if layout == "lvdm" else "[T, C, H, W]"
+            raise ValueError(f"{names[0]} of shape {list(mean.shape)}: {wanted}")
+        return cls(mean.contiguous(), float(variance))

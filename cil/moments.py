@@ -1,53 +1,84 @@
 """Mean and variance per element of more latents than fit in memory, exact in float64."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+BLOCK = 2**18  # float64 elements at once: what a core's cache holds
 
-@dataclass
+
+@dataclass(frozen=True)
 class Moments:
-    """count, mean and M2 (the sum of squared deviations), mergeable in any order."""
+    """count, mean and M2 (the sum of squared deviations), mergeable in any order.
+
+    The mean is `mean` + `rest`, the part of it that float64 rounds away: of data far from 0 it is what tells the means
+    of two batches apart.
+    """
 
     count: int
     mean: Tensor  # float64, the shape of one sample
+    rest: Tensor
     m2: Tensor
 
     @classmethod
-    def zeros(cls, shape: tuple[int, ...]) -> "Moments":
-        return cls(0, torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64))
+    def zeros(cls, shape: Sequence[int]) -> "Moments":
+        return cls(0, *(torch.zeros(tuple(shape), dtype=torch.float64) for _ in range(3)))
 
     @classmethod
-    def of(cls, batch: Tensor) -> "Moments":
-        """Of a batch [N, ...], by two passes."""
+    def of(cls, batch: Tensor, ids: Sequence[str] | None = None) -> "Moments":
+        """Of a batch [N, ...], by two passes. `ids` name the samples where one of them is refused."""
         if len(batch) == 0:
-            return cls.zeros(tuple(batch.shape[1:]))
-        x = batch.to(torch.float64)
-        bad = (~torch.isfinite(x)).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(f"latents with NaN or inf at batch positions {bad}")
-        mean = x.mean(0)
-        return cls(len(x), mean, ((x - mean) ** 2).sum(0))
+            return cls.zeros(batch.shape[1:])
+        samples, flat = len(batch), batch.detach().flatten(1)
+        mean, rest, m2 = torch.empty(3, flat.shape[1], dtype=torch.float64, device=batch.device)
+        width = max(BLOCK // samples, 1)
+        for begin in range(0, flat.shape[1], width):
+            block = slice(begin, begin + width)
+            x = flat[:, block].to(torch.float64)
+            mean[block] = x.mean(0)
+            x = x - mean[block]
+            rest[block] = x.mean(0)
+            m2[block] = x.square_().sum(0) - samples * rest[block] ** 2
+        if not torch.isfinite(m2).all():
+            bad = (~torch.isfinite(flat)).any(1).nonzero().flatten().tolist()
+            named = f"of {', '.join(ids[i] for i in bad[:10])}" if ids else f"at batch positions {bad[:10]}"
+            raise ValueError(f"NaN or inf in the latents {named} ({len(bad)} of {samples} samples)")
+        shape = batch.shape[1:]
+        return cls(samples, mean.reshape(shape).cpu(), rest.reshape(shape).cpu(), m2.reshape(shape).cpu())
+
+    @classmethod
+    def merged(cls, parts: Iterable["Moments"]) -> "Moments":
+        """Of at least one part."""
+        parts = iter(parts)
+        total = next(parts)
+        for part in parts:
+            total = total.merge(part)
+        return total
 
     def merge(self, other: "Moments") -> "Moments":
-        """Chan et al.: exact whatever the two counts."""
+        """Chan et al. 1983: exact whatever the two counts."""
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"moments of {tuple(self.mean.shape)} cannot merge with {tuple(other.mean.shape)}")
+        if self.count == 0 or other.count == 0:
+            return self if other.count == 0 else other
         count = self.count + other.count
-        if count == 0:
-            return self
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / count)
-        m2 = self.m2 + other.m2 + delta**2 * (self.count * other.count / count)
-        return Moments(count, mean, m2)
+        share = other.count / count
+        delta = (other.mean - self.mean) + (other.rest - self.rest)
+        step = delta * share + self.rest
+        mean = self.mean + step
+        # What the sum has lost: Knuth's two-sum.
+        back = mean - self.mean
+        rest = (self.mean - (mean - back)) + (step - back)
+        return Moments(count, mean, rest, self.m2 + other.m2 + delta**2 * (self.count * share))
 
     @property
     def variance(self) -> Tensor:
         """Population variance per element: the diagonal of Cov."""
         if self.count == 0:
-            raise ValueError("no samples: a variance needs at least one")
+            raise ValueError("count=0: a variance needs at least one sample")
         return self.m2 / self.count
 
     @property
@@ -56,9 +87,10 @@ class Moments:
         return float(self.variance.mean())
 
     def to_bytes(self) -> bytes:
-        return safetensors.torch.save({"count": torch.tensor(self.count), "mean": self.mean, "m2": self.m2})
+        count = torch.tensor(self.count)
+        return safetensors.torch.save({"count": count, "mean": self.mean, "rest": self.rest, "m2": self.m2})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Moments":
         state = safetensors.torch.load(data)
-        return cls(int(state["count"]), state["mean"], state["m2"])
+        return cls(int(state["count"]), state["mean"], state["rest"], state["m2"])

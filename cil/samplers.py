@@ -1,42 +1,112 @@
-"""DDIM that starts at M."""
+"""From x_M to x_0, in steps that start at M.
+
+times = process.times(steps=50, M=940)                     # times[0] is the index 939
+x = noise.sample(process, times[0], batch=4)               # x_M is drawn for it
+x_0 = sample(denoise, x, process, times, prediction="v")   # and the first model call is made at it
+"""
 
 from collections.abc import Callable
-from fractions import Fraction
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cil.processes import VP, Prediction
+from cil.conditioning import Random
+from cil.draws import normal_like
+from cil.processes import Prediction, Process
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], t [B]) -> prediction [B, ...]
+ReferenceCompat = Literal["dynamicrafter", "videocrafter1"]
 
 
-def trailing_steps(M: int, steps: int) -> list[int]:
-    """`steps` distinct indices from M-1 down to at least 0, evenly spaced, in exact arithmetic."""
-    if not 1 <= steps <= M:
-        raise ValueError(f"steps={steps}: from M={M} there are 1..{M} steps to take")
-    return [round(Fraction(M * (steps - i), steps)) - 1 for i in range(steps)]
+class Level(NamedTuple):
+    """alpha, sigma and s of a time that all samples share."""
+
+    alpha: float
+    sigma: float
+    scale: float
 
 
-def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:
-    """Classifier-free guidance; a scale of 1 costs one call, not two."""
-    if scale == 1:
+CLEAN = Level(1.0, 0.0, 1.0)
+
+
+@torch.no_grad()
+def sample(
+    denoise: Denoiser,
+    x: Tensor,
+    process: Process,
+    times: Tensor,
+    prediction: Prediction,
+    eta: float = 0.0,
+    random: Random = None,
+    reference_compat: ReferenceCompat | None = None,
+) -> Tensor:
+    """From x at times[0] to x_0. DDIM on a VP process, Euler's method on EDM and flow: one formula.
+
+    x_0 and eps are what the network's answer at t means, and x_t' = alpha' s' x_0 + sigma' eps. `eta` above 0 draws
+    part of eps anew: 1 is ancestral sampling. `random` is `Draws` with a generator for each sample, or one for all.
+
+    `reference_compat` ends as the authors' sampler of that family does, with the noise of index 0 left in.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta}: in 0..1")
+    if len(times) == 0:
+        raise ValueError("times: at least one")
+    levels = [_level(process, t) for t in times] + [_landing(process, times[-1], reference_compat)]
+    for t, (now, after) in zip(times, pairwise(levels), strict=True):
+        each = t.to(x.device).expand(len(x))
+        x0, eps = process.split(prediction, denoise(x, each), x, each)
+        fresh = eta * fresh_noise(now, after)
+        x = after.alpha * after.scale * x0 + (after.sigma**2 - fresh**2) ** 0.5 * eps
+        if fresh:
+            x = x + fresh * normal_like(x, random)
+    return x
+
+
+def fresh_noise(now: Level, after: Level) -> float:
+    """The deviation of the noise that a step of ancestral sampling draws anew: Song et al. 2021, equation 16."""
+    kept = now.alpha * after.sigma / (after.alpha * now.sigma)
+    return float(after.sigma * max(1 - kept**2, 0.0) ** 0.5)
+
+
+def _level(process: Process, t: Tensor) -> Level:
+    return Level(float(process.alpha(t)), float(process.sigma(t)), float(process.x0_scale(t)))
+
+
+def _landing(process: Process, last: Tensor, reference_compat: ReferenceCompat | None) -> Level:
+    """Where the last step ends: at x_0. The reference ends at index 0, with its noise."""
+    if reference_compat is None:
+        return CLEAN
+    if reference_compat not in ("dynamicrafter", "videocrafter1"):
+        raise ValueError(f"reference_compat={reference_compat!r}: None, 'dynamicrafter' or 'videocrafter1'")
+    first = _level(process, torch.zeros_like(last))
+    return first._replace(scale=float(process.x0_scale(last))) if reference_compat == "dynamicrafter" else first
+
+
+def guided(conditional: Denoiser, unconditional: Denoiser, scale: float | Tensor, rescale: float = 0.0) -> Denoiser:
+    """Classifier-free guidance; a scale of 1 costs one call, not two. `frame_ramp` makes a scale for each frame.
+
+    `rescale` (Lin et al. 2023, equations 14 to 16) takes the answer that share of the way back to the deviation it
+    has without guidance.
+    """
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale={rescale}: in 0..1")
+    if not isinstance(scale, Tensor) and scale == 1:
         return conditional
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        without = unconditional(x, t)
-        return without + scale * (conditional(x, t) - without)
+        with_it, without = conditional(x, t), unconditional(x, t)
+        answer = without + (scale.to(x) if isinstance(scale, Tensor) else scale) * (with_it - without)
+        if rescale == 0:
+            return answer
+        inner = tuple(range(1, x.dim()))
+        back = with_it.std(inner, keepdim=True) / answer.std(inner, keepdim=True)
+        return answer * (1 + rescale * (back - 1))
 
     return denoise
 
 
-@torch.no_grad()
-def ddim(denoise: Denoiser, x: Tensor, process: VP, M: int, steps: int, prediction: Prediction = "v") -> Tensor:
-    """From x_M (drawn for index M-1, where the first call is made) to x_0, deterministic (eta 0)."""
-    process.start(M)
-    indices = trailing_steps(M, steps)
-    for now, after in zip(indices, [*indices[1:], None], strict=True):
-        t = torch.full((len(x),), now, device=x.device)
-        x0, eps = process.split(prediction, denoise(x, t), x, t)
-        x = x0 if after is None else process.add_noise(x0, eps, torch.full_like(t, after))
-    return x
+def frame_ramp(first: float, last: float, frames: int) -> Tensor:
+    """A guidance scale that rises over frames, [T, 1, 1, 1] for answers [B, T, C, H, W]: SVD's 1 to 3."""
+    return torch.linspace(first, last, frames).reshape(-1, 1, 1, 1)

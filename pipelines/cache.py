@@ -174,9 +174,10 @@ class PartMaker:
 
     def _part(self, rows: list[dict[str, Any]], rejects: list[dict[str, Any]]) -> bytes:
         moments = Moments.zeros(self.family.latent_shape)
-        training = [row["tensors"]["latents"] for row in rows if row["split"] == "train"]
+        training = [row for row in rows if row["split"] == "train"]
         if training:
-            moments = Moments.of(torch.stack(training))
+            latents = torch.stack([row["tensors"]["latents"] for row in training])
+            moments = Moments.of(latents, [row["clip_id"] for row in training])
         columns: dict[str, pa.Array] = {
             name: pa.array([r[name] for r in rows], kind) for name, kind in CLIP_SCHEMA.items()
         }
@@ -227,15 +228,17 @@ def snapshot(cache: Manifest) -> str:
     return artifact.fingerprint([cache.fingerprint, [part["sha256"] for part in cache.content["parts"]]])
 
 
-def read_moments(cache: Manifest) -> Moments:
-    """Of all training clips, merged from the parts."""
-    total = None
-    for part in cache.content["parts"]:
+def read_moments(cache: Manifest, groups: int = 1) -> list[Moments]:
+    """Of all training clips, merged from the parts into groups that have no video in common."""
+    merged: list[Moments] = []
+    for i, part in enumerate(cache.content["parts"]):
         with open_part(cache, part["name"]) as reader:
             moments = Moments.from_bytes(reader.schema.metadata[b"moments"])
-        total = moments if total is None else total.merge(moments)
-    assert total is not None, "a catalog is never empty"
-    return total
+        if i < groups:
+            merged.append(moments)
+        else:
+            merged[i % groups] = merged[i % groups].merge(moments)
+    return merged
 
 
 def read_cache(config: Config) -> Manifest:

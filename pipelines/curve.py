@@ -11,16 +11,17 @@ BUCKETS = 10
 class Curve:
     """Means since the last point, over all ranks."""
 
-    def __init__(self, steps: int, device: torch.device) -> None:
-        self.steps, self.device = steps, device
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._clear()
 
     def _clear(self) -> None:
         self.sums = torch.zeros(2, BUCKETS, dtype=torch.float64, device=self.device)
         self.begin = time.perf_counter()
 
-    def add(self, loss: Tensor, t: Tensor) -> None:
-        bucket = t * BUCKETS // self.steps
+    def add(self, loss: Tensor, u: Tensor) -> None:
+        """u: the time in [0, 1] of each loss."""
+        bucket = (u * BUCKETS).long().clamp_max(BUCKETS - 1)
         self.sums[0].index_add_(0, bucket, loss.detach().double())
         self.sums[1].index_add_(0, bucket, torch.ones_like(loss, dtype=torch.float64))
 
@@ -33,6 +34,6 @@ class Curve:
         values = {"loss": float(loss.sum() / count.sum()), "samples_per_second": float(count.sum()) / seconds}
         for bucket in range(BUCKETS):
             if count[bucket]:
-                values[f"loss_t{bucket * self.steps // BUCKETS:03d}"] = float(loss[bucket] / count[bucket])
+                values[f"loss_t{bucket * 1000 // BUCKETS:03d}"] = float(loss[bucket] / count[bucket])
         self._clear()
         return values

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cil import CleanCondition, ConstantNoise, Draws, Objective, TimeNoise
+from cil import CleanCondition, ConstantNoise, Draws, Drops, Objective, TimeNoise, diagnose
 from cil.conditioning import ConditioningNoise
 from cil.objectives import Losses
 from pipelines import cluster, storage
@@ -50,9 +50,12 @@ def finetune(config: Config) -> dict[str, Manifest]:
     cluster.connect()
     cluster.refuse_unplaceable(config.finetune.workers, config.finetune.gpu)
     cluster.refuse_local_store(store_uri(config))
+    process = family_of(config).process
+    times = process.unit_time(process.training_times())
     for name in missing:
-        if levels := describe_levels(rows[name].settings):
-            print(f"finetune {name}: {levels}")
+        noise = conditioning_noise(rows[name].settings.conditioning)
+        if isinstance(noise, TimeNoise):
+            print(f"finetune {name}: TimeNoise with {diagnose(noise, times)}")
         made[name].begin(config.model_dump_json(indent=1))
     _fit(config, missing)
     return {name: each.manifest() for name, each in made.items()}
@@ -128,7 +131,7 @@ class RowTrainer:
         self.family = family_of(config)
         self.clips = ClipReader(cache, "train", self.row.min_motion)
         self.order = SampleOrder(len(self.clips), self.seed)
-        self.objective = Objective(conditioning_noise(self.row.conditioning), self.row.drop)
+        self.objective = Objective(conditioning_noise(self.row.conditioning), Drops(both=self.row.drop))
         self.samples = 0  # seen so far, which is also the position in the stream
 
         net = self.family.network(self.seed)
@@ -137,7 +140,7 @@ class RowTrainer:
         self.engine = _deepspeed(net, config, self.row, self.world)
         self.device = self.engine.device
         self.ema = {key: value.detach().clone() for key, value in self.engine.module.state_dict().items()}
-        self.curve = Curve(self.family.process.steps, self.device)
+        self.curve = Curve(self.device)
         self.restore()
         self.run = self.open_run() if rank == 0 else None
 
@@ -147,7 +150,7 @@ class RowTrainer:
             positions = lanes(self.samples, row.batch, self.rank, self.world)
             losses = self.step(positions)
             self.samples += row.batch
-            self.curve.add(losses.loss, losses.t)
+            self.curve.add(losses.loss, self.family.process.unit_time(losses.t))
             if self.samples % settings.log_every == 0 or self.samples == row.samples:
                 self.log()
             if self.samples % settings.checkpoint_every == 0 and self.samples < row.samples:
@@ -266,18 +269,6 @@ def _prepare_deepspeed(gpu: bool) -> None:
     # DeepSpeed looks for ninja on the PATH, and pip has put it beside this Python.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-
-def describe_levels(row: RowConfig) -> str:
-    """What TimeNoise does here: where mu(t) hardly moves, it is the constant control under another name."""
-    noise = conditioning_noise(row.conditioning)
-    if not isinstance(noise, TimeNoise):
-        return ""
-    mu = noise.center(torch.tensor([0.1, 0.5, 0.9]))
-    shown = ", ".join(f"{float(level):.2f}" for level in noise.beta_m * torch.sigmoid(mu))
-    flat = float(mu[2] - mu[0]) < 0.1
-    warning = f". WARNING: with a={noise.a} it hardly depends on t, and cannot be told from `constant`" if flat else ""
-    return f"TimeNoise, median beta_s at t = .1, .5, .9: {shown}{warning}"
 
 
 def _print_progress(news: Any) -> None:

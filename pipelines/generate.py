@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cil import CleanCondition, Draws, InitialNoise, ddim, guided
+from cil import CleanCondition, Draws, InitialNoise, guided, sample
+from cil.families.base import Dropped
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import family_code, family_of, read_cache, snapshot
@@ -140,15 +141,15 @@ class Sampler:
         family, net = self.family, self.network(row.weights)
         draws = Draws([(self.config.seed, int(hashlib.sha256(i.encode()).hexdigest()[:12], 16)) for i in ids])
         condition, _ = family.condition(clips, CleanCondition(), torch.zeros(len(ids)), None)
-        nothing = family.drop(condition, torch.ones(len(ids), dtype=torch.bool))
+        nothing = family.drop(condition, Dropped.all(len(ids)))
         denoise = guided(
             lambda x, t: family.denoise(net, x, t, condition),
             lambda x, t: family.denoise(net, x, t, nothing),
             row.settings.guidance,
         )
-        M = row.settings.M
-        x = self.start(row.settings.start).sample(family.process, M, len(ids), draws)
-        return ddim(denoise, x, family.process, M, self.config.generate.steps, family.prediction)
+        times = family.process.times(self.config.generate.steps, row.settings.M)
+        x = self.start(row.settings.start).sample(family.process, times[0], len(ids), draws)
+        return sample(denoise, x, family.process, times, family.prediction)
 
     def start(self, kind: str) -> InitialNoise:
         if kind == "analytic":

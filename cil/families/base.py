@@ -2,21 +2,36 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
-from cil.processes import VP, Prediction, per_sample
+from cil.processes import Prediction, Process, per_sample
 
 Condition = dict[str, Tensor]
 
 
+class Dropped(NamedTuple):
+    """Which samples [B] go without their text, and which without their image."""
+
+    text: Tensor
+    image: Tensor
+
+    @classmethod
+    def all(cls, batch: int, device: torch.device | str = "cpu") -> "Dropped":
+        """What guidance calls unconditional."""
+        every = torch.ones(batch, dtype=torch.bool, device=device)
+        return cls(every, every)
+
+
 class Family(ABC):
     name: str
-    process: VP
+    process: Process
     prediction: Prediction
+    scaling_factor: float  # of the latents: what the VAE's output is multiplied with
     frames: int
     height: int  # of the pixels
     width: int
@@ -57,9 +72,9 @@ class Family(ABC):
     def denoise(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's answer, in the family's kind of prediction."""
 
-    def drop(self, condition: Condition, dropped: Tensor) -> Condition:
-        """The condition that guidance calls unconditional, where `dropped` [B] is true: zeros."""
-        return {name: value * per_sample(~dropped, value) for name, value in condition.items()}
+    def drop(self, condition: Condition, dropped: Dropped) -> Condition:
+        """The condition without what is dropped: zeros, of a condition that is all image."""
+        return {name: value * per_sample(~dropped.image, value) for name, value in condition.items()}
 
     def loss_weight(self, t: Tensor) -> Tensor:
         return torch.ones_like(t, dtype=torch.float32)

@@ -20,13 +20,13 @@ from cil.processes import VP, Prediction
 
 BLOCK = 4
 FREQUENCIES = ((0, 0), (0, 1), (1, 0), (1, 1))
-SCALING_FACTOR = 1.0
 PRESETS = {"tiny": (8, 16), "small": (28, 56)}  # channels of the two levels
 
 
 class Toy(Family):
     name = "toy"
     prediction: Prediction = "x0"
+    scaling_factor = 1.0
 
     def __init__(self, frames: int, height: int, width: int, preset: str) -> None:
         if preset not in PRESETS:
@@ -47,16 +47,16 @@ class Toy(Family):
 
     @property
     def encoder_identity(self) -> str:
-        return f"toy-dct{BLOCK}-scale{SCALING_FACTOR}"
+        return f"toy-dct{BLOCK}-scale{self.scaling_factor}"
 
     def encode(self, frames: Tensor) -> dict[str, Tensor]:
         grey = frames.float().mean(-1) / 127.5 - 1
         blocks = rearrange(grey, "b t (h p) (w q) -> b t h w p q", p=BLOCK, q=BLOCK)
         latents = torch.einsum("b t h w p q, c p q -> b t c h w", blocks, self.basis.to(frames.device))
-        return {"latents": (SCALING_FACTOR * latents).half()}
+        return {"latents": (self.scaling_factor * latents).half()}
 
     def decode(self, latents: Tensor) -> Tensor:
-        scaled = latents.float() / SCALING_FACTOR
+        scaled = latents.float() / self.scaling_factor
         blocks = torch.einsum("b t c h w, c p q -> b t h w p q", scaled, self.basis.to(latents.device))
         grey = rearrange(blocks, "b t h w p q -> b t (h p) (w q)")
         pixels = ((grey + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
