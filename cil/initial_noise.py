@@ -88,8 +88,8 @@ class InitialNoise:
 
     @classmethod
     def standard(cls, shape: tuple[int, ...]) -> "InitialNoise":
-        """N(0, I) at every M: the start without Analytic-Init."""
-        return cls(torch.zeros(shape, dtype=torch.float64), 1.0)
+        """The start without Analytic-Init: N(0, I) on a VP process, N(0, (sigma^2 + 1) I) on EDM."""
+        return _Standard(torch.zeros(shape, dtype=torch.float64), 1.0)
 
     # -- the start of sampling ---------------------------------------------------------------------------------------
 
@@ -134,14 +134,14 @@ class InitialNoise:
         return mean.to(eps) + std.to(eps) * eps
 
     def divergence(self, process: Process, t: Tensor, covariance: Covariance | Literal["standard"]) -> float:
-        """KL(marginal at t || start) per dimension, in nats, for a start of this covariance or from N(0, I).
+        """KL(marginal at t || start) per dimension, in nats, for a start of this covariance or the standard one.
 
         The marginal is taken as the normal with these moments; correlations between elements, which no start here has,
         would add the same to each.
         """
         mean, spread = self.at(process, t, "diagonal")
         if covariance == "standard":
-            start, std = torch.zeros_like(mean), torch.ones((), dtype=torch.float64)
+            start, std = self.standard(tuple(mean.shape)).at(process, t)
         else:
             start, std = self.at(process, t, covariance)
         ratio = (spread / std) ** 2
@@ -256,3 +256,12 @@ class InitialNoise:
             wanted = "[1, C, T, H, W]" if layout == "lvdm" else "[T, C, H, W]"
             raise ValueError(f"{names[0]} of shape {list(mean.shape)}: {wanted}")
         return cls(mean.contiguous(), float(variance))
+
+
+class _Standard(InitialNoise):
+    """That of latents ~ N(0, I), whatever a dynamic rescale would make of them."""
+
+    def at(
+        self, process: Process, t: Tensor, covariance: Covariance = "isotropic", reference_compat: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        return self.mean, torch.hypot(process.alpha(t), process.sigma(t)).cpu()

@@ -55,12 +55,13 @@ def sample(
         raise ValueError("times: at least one")
     levels = [_level(process, t) for t in times] + [_landing(process, times[-1], reference_compat)]
     for t, (now, after) in zip(times, pairwise(levels), strict=True):
-        each = t.to(x.device).expand(len(x))
-        x0, eps = process.split(prediction, denoise(x, each), x, each)
+        answer = denoise(x, t.to(x.device).expand(len(x)))
         fresh = eta * fresh_noise(now, after)
-        x = after.alpha * after.scale * x0 + (after.sigma**2 - fresh**2) ** 0.5 * eps
+        signal, noise = after.alpha * after.scale, (after.sigma**2 - fresh**2) ** 0.5
+        x0, eps = _in_terms_of_x_and_answer(process, prediction, t)
+        x = ((signal * x0[0] + noise * eps[0]) * x).add_(answer, alpha=signal * x0[1] + noise * eps[1])
         if fresh:
-            x = x + fresh * normal_like(x, random)
+            x.add_(normal_like(x, random), alpha=fresh)
     return x
 
 
@@ -68,6 +69,13 @@ def fresh_noise(now: Level, after: Level) -> float:
     """The deviation of the noise that a step of ancestral sampling draws anew: Song et al. 2021, equation 16."""
     kept = now.alpha * after.sigma / (after.alpha * now.sigma)
     return float(after.sigma * max(1 - kept**2, 0.0) ** 0.5)
+
+
+def _in_terms_of_x_and_answer(process: Process, prediction: Prediction, t: Tensor) -> tuple[list[float], list[float]]:
+    """x_0 and eps as shares of x_t and of the answer: all kinds of prediction are linear in both."""
+    x_t, answer = torch.eye(2, dtype=torch.float64)
+    x0, eps = process.split(prediction, answer, x_t, t.expand(2))
+    return x0.tolist(), eps.tolist()
 
 
 def _level(process: Process, t: Tensor) -> Level:

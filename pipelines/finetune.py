@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cil import CleanCondition, ConstantNoise, Draws, Drops, Objective, TimeNoise, diagnose
+from cil import CleanCondition, ConstantNoise, Draws, Drops, Objective, Process, TimeNoise, diagnose
 from cil.conditioning import ConditioningNoise
 from cil.objectives import Losses
 from pipelines import cluster, storage
@@ -50,12 +50,9 @@ def finetune(config: Config) -> dict[str, Manifest]:
     cluster.connect()
     cluster.refuse_unplaceable(config.finetune.workers, config.finetune.gpu)
     cluster.refuse_local_store(store_uri(config))
-    process = family_of(config).process
-    times = process.unit_time(process.training_times())
     for name in missing:
-        noise = conditioning_noise(rows[name].settings.conditioning)
-        if isinstance(noise, TimeNoise):
-            print(f"finetune {name}: TimeNoise with {diagnose(noise, times)}")
+        if described := describe_noise(rows[name].settings.conditioning, family_of(config).process):
+            print(f"finetune {name}: {described}")
         made[name].begin(config.model_dump_json(indent=1))
     _fit(config, missing)
     return {name: each.manifest() for name, each in made.items()}
@@ -235,6 +232,14 @@ def conditioning_noise(config: ConditioningConfig) -> ConditioningNoise:
     if config.kind == "timenoise":
         return timenoise
     return ConstantNoise(timenoise.mean_level() if config.level is None else config.level)
+
+
+def describe_noise(config: ConditioningConfig, process: Process) -> str:
+    """What TimeNoise does over the training times, and whether that depends on time at all."""
+    noise = conditioning_noise(config)
+    if not isinstance(noise, TimeNoise):
+        return ""
+    return f"TimeNoise with {diagnose(noise, process.unit_time(process.training_times()))}"
 
 
 def learning_rate(row: RowConfig, samples: int) -> float:

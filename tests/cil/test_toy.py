@@ -7,6 +7,7 @@ from scipy.fft import dctn
 
 from cil import CleanCondition, Draws, Objective, TimeNoise
 from cil.families import Family, load
+from cil.families.base import Dropped
 from pipelines.shapes import Shape
 
 SIZES = [(4, 16, 16), (1, 8, 24), (8, 32, 16)]
@@ -153,7 +154,8 @@ def test_the_condition_is_the_first_frame(family):
 
 def test_only_the_samples_named_lose_their_condition(family):
     image = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    kept = family.drop({"image": image}, torch.tensor([False, True, False]))["image"]
+    dropped = Dropped(text=torch.ones(3, dtype=torch.bool), image=torch.tensor([False, True, False]))
+    kept = family.drop({"image": image}, dropped)["image"]
     assert torch.equal(kept[[0, 2]], image[[0, 2]])
     assert torch.equal(kept[1], torch.zeros(4, 4, 4))
 

@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from cil import CleanCondition, ConstantNoise, TimeNoise
+from cil import VP, CleanCondition, ConstantNoise, TimeNoise
 from pipelines.config import ConditioningConfig, RowConfig
-from pipelines.finetune import conditioning_noise, describe_levels, learning_rate
+from pipelines.finetune import conditioning_noise, describe_noise, learning_rate
 
 
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_as_a_cosine():
@@ -26,10 +26,13 @@ def test_the_constant_control_has_the_mean_level_of_the_timenoise_it_controls():
     assert control == ConstantNoise(TimeNoise(2, 3).mean_level())
 
 
-def test_timenoise_that_cannot_be_told_from_constant_is_warned_of():
-    kinds = ({"kind": "timenoise", "a": 100}, {"kind": "timenoise"}, {"kind": "none"})
-    flat, moving, naive = (RowConfig(conditioning=kind) for kind in kinds)
-    assert "WARNING: with a=100.0 it hardly depends on t" in describe_levels(flat)
-    assert "median beta_s at t = .1, .5, .9: 0.27, 0.28, 0.55" in describe_levels(moving)
-    assert "WARNING" not in describe_levels(moving)
-    assert describe_levels(naive) == ""
+def test_what_timenoise_is_over_the_training_times_is_said_and_warned_of_where_it_is_constant():
+    process = VP()
+    flat = describe_noise(ConditioningConfig(kind="timenoise", a=100), process)
+    moving = describe_noise(ConditioningConfig(kind="timenoise"), process)
+    assert "WARNING: it cannot be told from `constant`" in flat
+    # 2 (1/2)^5 - 1 at the median of t, and Var(2 t^5) = 4 (1/11 - 1/36) of Var + 1.
+    assert "mu(t) -1 / -0.938 / 0.54" in moving
+    assert "t explains 20.2% of the level" in moving or "t explains 20.1% of the level" in moving
+    assert "WARNING" not in moving
+    assert describe_noise(ConditioningConfig(), process) == ""

@@ -1,0 +1,55 @@
+"""The README's examples for people who use nothing else of ours: they run as they stand."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cil import InitialNoise
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_an_x_M_is_drawn_from_a_published_file_and_sampled_from(tmp_path, monkeypatch):
+    mean = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    InitialNoise(mean.double(), 0.4).save(tmp_path / "initial_noise_512.pt", "lvdm")
+    monkeypatch.chdir(tmp_path)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        seen.append((x, t))
+        return torch.zeros_like(x)
+
+    names = {"denoise": denoise}
+    exec(examples()[0], names)
+    assert names["video"].shape == (4, 4, 4, 8, 8)
+    assert len(seen) == 50
+    assert seen[0][1].tolist() == [939] * 4
+    assert torch.equal(seen[0][0], names["x_M"])
+    assert names["times"][:2].tolist() == [939, 920]
+    assert names["times"][-1] == 18
+
+
+def test_timenoise_goes_into_a_training_loop():
+    random = torch.Generator().manual_seed(0)
+    latents, eps = torch.randn(2, 6, 8, 4, 8, 8, generator=random)
+    weight = torch.zeros((), requires_grad=True)
+    names = {
+        "torch": torch,
+        "latents": latents,
+        "eps": eps,
+        "image_latent": latents[:, 0],
+        "model": lambda x, t, image: weight * x + 0 * image,
+    }
+    exec(examples()[1], names)
+    names["loss"].backward()
+    assert weight.grad.abs() > 0
+    assert names["image"].shape == latents.shape
+    assert torch.equal(names["image"][:, 0], names["image"][:, -1])
+    assert not torch.equal(names["image"][:, 0], latents[:, 0])
+    assert (names["level"] > 0).all()
