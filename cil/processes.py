@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from math import log
+from math import inf, isfinite, log
 from typing import Literal, get_args
 
 import torch
@@ -175,7 +175,7 @@ class VP(Process):
         return t / self.steps
 
     def start(self, M: float) -> Tensor:
-        if int(M) != M or not 1 <= M <= self.steps:
+        if not 1 <= M <= self.steps or int(M) != M:
             raise ValueError(f"M={M}: an integer in 1..{self.steps}")
         return torch.tensor(int(M) - 1)
 
@@ -219,7 +219,7 @@ class VP(Process):
         # A negative index would silently read the table from its end. On a GPU the look would wait for the device.
         if t.device.type == "cpu" and t.numel() and not 0 <= int(t.min()) <= int(t.max()) < self.steps:
             raise ValueError(f"t={t.tolist()}: indices in 0..{self.steps - 1}")
-        return _vp_table(self, t.device)[row, t]
+        return _vp_table(self, t.device)[row, t.long()]
 
 
 @lru_cache(maxsize=16)
@@ -244,10 +244,12 @@ class EDM(Process):
     time_map: TimeMap = "log_sigma"
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max < float("inf"):
+        if not 0 < self.sigma_min < self.sigma_max < inf:
             bounds = f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}"
             raise ValueError(f"{bounds}: 0 < sigma_min < sigma_max")
-        if not self.P_std > 0:
+        if not isfinite(self.P_mean):
+            raise ValueError(f"P_mean={self.P_mean}: a number")
+        if not 0 < self.P_std < inf:
             raise ValueError(f"P_std={self.P_std}: above 0")
         if self.time_map not in get_args(TimeMap):
             raise ValueError(f"time_map={self.time_map!r}: one of {', '.join(get_args(TimeMap))}")
@@ -256,7 +258,7 @@ class EDM(Process):
         return torch.ones_like(t, dtype=torch.float64)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return _checked(t, "sigma", 0.0, float("inf")).double()
+        return _checked(t, "sigma", 0.0, inf).double()
 
     def unit_time(self, t: Tensor) -> Tensor:
         t = self.sigma(t)
@@ -335,7 +337,5 @@ def _shares(points: int) -> Tensor:
 def _checked(t: Tensor, name: str, low: float, high: float) -> Tensor:
     """On a GPU the look would wait for the device."""
     if t.device.type == "cpu" and t.numel() and not bool(((t >= low) & (t <= high)).all()):
-        raise ValueError(
-            f"{name}={t.tolist()}: {f'at least {low:g}' if high == float('inf') else f'{low:g}..{high:g}'}"
-        )
+        raise ValueError(f"{name}={t.tolist()}: {f'at least {low:g}' if high == inf else f'{low:g}..{high:g}'}")
     return t

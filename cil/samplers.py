@@ -51,8 +51,8 @@ def sample(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta={eta}: in 0..1")
-    if len(times) == 0:
-        raise ValueError("times: at least one")
+    if len(times) == 0 or not bool((times.diff() < 0).all()):
+        raise ValueError(f"times={times.tolist()}: at least one, and falling")
     levels = [_level(process, t) for t in times] + [_landing(process, times[-1], reference_compat)]
     for t, (now, after) in zip(times, pairwise(levels), strict=True):
         answer = denoise(x, t.to(x.device).expand(len(x)))

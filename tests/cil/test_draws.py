@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cil import Draws
-from cil.draws import normal_like, stream_seed
+from cil.draws import normal_like, stream_seed, uniform_like
 
 KEYS = [(3, i) for i in range(5)]
 
@@ -95,3 +95,39 @@ def test_keys_of_different_length_name_different_streams():
 def test_streams_that_are_not_one_for_each_sample_are_refused():
     with pytest.raises(ValueError, match="3 streams of draws for a batch of 1"):
         normal_like(torch.zeros(1, 2), Draws([(k,) for k in range(3)]))
+
+
+@pytest.mark.parametrize("like", [uniform_like, normal_like])
+def test_numbers_like_a_batch_come_from_one_generator_or_from_a_stream_for_each_sample(like):
+    x = torch.zeros(5, 2, 3, dtype=torch.float64)
+    drawn = getattr(Draws(KEYS), like.__name__.removesuffix("_like"))(2, 3)
+    assert torch.equal(like(x, Draws(KEYS)), drawn.double())
+    state = torch.random.get_rng_state()
+    first, second = (like(x, torch.Generator().manual_seed(4)) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first, second)
+    assert first.shape == x.shape
+    assert first.dtype == torch.float64
+    assert len(first.unique()) == x.numel()
+
+
+def test_numbers_like_a_batch_are_uniform_between_0_and_1():
+    for random in (torch.Generator().manual_seed(4), Draws([(4, i) for i in range(100)])):
+        drawn = uniform_like(torch.zeros(100, 1000), random)
+        assert 0 <= drawn.min() <= drawn.max() < 1
+        # 1e5 numbers, five standard errors; the squared deviation of a uniform has a variance of 1 / 180.
+        assert float(drawn.mean()) == pytest.approx(0.5, abs=5 * (1 / 12 / 1e5) ** 0.5)
+        assert float(drawn.var()) == pytest.approx(1 / 12, abs=5 * (1 / 180 / 1e5) ** 0.5)
+
+
+def test_uniform_streams_that_are_not_one_for_each_sample_are_refused():
+    with pytest.raises(ValueError, match="3 streams of draws for a batch of 5"):
+        uniform_like(torch.zeros(5), Draws(KEYS[:3]))
+
+
+def test_a_scalar_for_each_sample_does_not_shift_what_comes_after_in_another_sample():
+    both, alone = Draws(KEYS[:2]), Draws(KEYS[1:2])
+    for _ in range(3):
+        assert torch.equal(both.uniform()[1:], alone.uniform())
+        assert torch.equal(both.normal(2)[1:], alone.normal(2))
+        assert torch.equal(both.integers(9)[1:], alone.integers(9))

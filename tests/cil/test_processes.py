@@ -468,6 +468,14 @@ def test_times_are_drawn_with_the_quantiles_of_training_times(process):
     assert (shares - up_to).max() <= slack
 
 
+def test_ln_sigma_is_drawn_with_edms_mean_and_deviation():
+    process, n = EDM(P_mean=-1.2, P_std=1.2), 10_000
+    log_sigma = process.draw_times(Draws([(4, i) for i in range(n)])).double().log()
+    # Four standard errors.
+    assert float(log_sigma.mean()) == pytest.approx(-1.2, abs=4 * 1.2 / n**0.5)
+    assert float(log_sigma.std()) == pytest.approx(1.2, rel=4 / (2 * n) ** 0.5)
+
+
 @pytest.mark.parametrize("process", [VP(), EDM(), Flow()])
 def test_a_samples_time_is_a_function_of_its_own_key(process):
     keys = [(0, i) for i in range(5)]
@@ -488,15 +496,13 @@ def test_svds_training_hardly_ever_sees_a_large_sigma_by_the_references_figures_
 
 # -- what is refused -----------------------------------------------------------------------------------------------
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="VP.start calls int(M) before it looks at M")
-
 
 @pytest.mark.parametrize(
     ("process", "M", "bounds"),
     [
         *[(VP(), M, r"an integer in 1\.\.1000") for M in (0, -1, 1001, 940.5)],
-        pytest.param(VP(), math.nan, r"an integer in 1\.\.1000", marks=NOT_YET),
-        pytest.param(VP(), math.inf, r"an integer in 1\.\.1000", marks=NOT_YET),
+        (VP(), math.nan, r"an integer in 1\.\.1000"),
+        (VP(), math.inf, r"an integer in 1\.\.1000"),
         (VP(steps=500), 501, r"1\.\.500"),
         *[(EDM(), M, r"0\.002\.\.700") for M in (0, 0.001, 701, -5, math.nan, math.inf)],
         *[(Flow(), M, "above 0, at most 1") for M in (0, -0.1, 1.01, 940, math.nan)],
@@ -719,3 +725,11 @@ def test_flows_times_fall_evenly_from_exactly_M_and_end_a_step_above_0(steps, M)
 def test_without_an_M_edm_and_flow_begin_at_their_ends():
     assert EDM(sigma_max=80).times(5)[0] == 80
     assert Flow().times(5)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "bad", [{"P_mean": math.nan}, {"P_mean": math.inf}, {"P_std": 0.0}, {"P_std": math.inf}, {"P_std": -1.0}]
+)
+def test_a_distribution_of_sigma_that_is_none_is_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        EDM(**bad)

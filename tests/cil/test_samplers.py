@@ -503,11 +503,6 @@ def test_an_eta_outside_the_unit_interval_is_refused(eta):
         sample(nonlinear, torch.zeros(1, 1), VP(), VP().times(2), "x0", eta)
 
 
-def test_no_times_are_refused():
-    with pytest.raises(ValueError, match="times: at least one"):
-        sample(nonlinear, torch.zeros(1, 1), VP(), torch.tensor([], dtype=torch.int64), "x0")
-
-
 def test_an_unknown_family_to_be_compatible_with_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match=r"reference_compat='svd'.*dynamicrafter.*videocrafter1"):
         sample(nonlinear, torch.zeros(1, 1), VP(), VP().times(2), "x0", reference_compat="svd")
@@ -613,3 +608,10 @@ def test_the_rescale_of_a_sample_is_independent_of_the_batch_it_is_in():
 def test_a_rescale_outside_the_unit_interval_is_refused(rescale):
     with pytest.raises(ValueError, match=rf"rescale={rescale}: in 0\.\.1"):
         guided(nonlinear, nonlinear, 2.0, rescale)
+
+
+@pytest.mark.parametrize("process", [VP(), EDM(), Flow()], ids=lambda p: type(p).__name__)
+def test_times_that_do_not_fall_are_refused(process):
+    for times in (process.times(3).flip(0), process.times(3)[[0, 0, 1]], process.times(3)[:0]):
+        with pytest.raises(ValueError, match=r"times=.*falling"):
+            sample(lambda x, t: x, torch.zeros(1, 2), process, times, "v", eta=1.0)
