@@ -237,14 +237,22 @@ def test_the_start_has_the_moments_of_noised_data(process):
     torch.testing.assert_close(x_M.double().var(0), each**2, rtol=5 * (2 / n) ** 0.5, atol=0)
 
 
-def test_standard_is_the_standard_normal_at_every_M():
+@pytest.mark.parametrize("process", [VP(), VP(zero_snr=True), VP(rescale=0.7)], ids=["plain", "zero SNR", "rescaled"])
+def test_the_start_without_analytic_init_is_the_standard_normal_at_every_M(process):
     noise = InitialNoise.standard((1, 2, 2, 2))
-    for process in (VP(), VP(zero_snr=True)):
-        starts = [noise.at(process, process.start(M)) for M in range(1, 1001)]
-        assert all(float(std) == pytest.approx(1, abs=1e-15) for _, std in starts)
-        assert all(torch.equal(mean, torch.zeros(1, 2, 2, 2, dtype=torch.float64)) for mean, _ in starts)
-    drawn = noise.sample(VP(), VP().start(300), 2, Draws([(0,), (1,)]))
-    assert torch.equal(drawn, Draws([(0,), (1,)]).normal(1, 2, 2, 2))
+    starts = [noise.at(process, process.start(M)) for M in range(1, 1001, 3)]
+    assert all(float(std) == pytest.approx(1, abs=1e-15) for _, std in starts)
+    assert all(torch.equal(mean, torch.zeros(1, 2, 2, 2, dtype=torch.float64)) for mean, _ in starts)
+    drawn = noise.sample(process, process.start(300), 2, Draws([(0,), (1,)]))
+    torch.testing.assert_close(drawn, Draws([(0,), (1,)]).normal(1, 2, 2, 2), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("sigma_max", [700.0, 20.0])
+def test_the_start_without_analytic_init_of_edm_is_that_of_the_svd_pipeline(sigma_max, figures):
+    mean, std = InitialNoise.standard((1, 2, 2, 2)).at(EDM(), EDM().start(sigma_max))
+    want = figures["edm_svd"][str(int(sigma_max))]["init_noise_sigma=sqrt(sigma_max^2+1)"]
+    assert float(std) == pytest.approx(want, rel=1e-6)  # float32
+    assert not mean.any()
 
 
 # -- Kullback-Leibler --------------------------------------------------------------------------------------------------
@@ -258,9 +266,7 @@ def normal(mean: Tensor, std: Tensor) -> Independent:
 def test_the_divergence_is_that_of_two_normals(process, M):
     noise, t = with_diagonal(), process.start(M)
     marginal, d = normal(*noise.at(process, t, "diagonal")), noise.mean.numel()
-    # Without Analytic-Init data count as standard normal: on VP without a rescale the start is N(0, I).
-    whole = (process.alpha(t) * process.x0_scale(t)) ** 2 + process.sigma(t) ** 2
-    standard = normal(torch.zeros_like(noise.mean), whole.sqrt())
+    standard = normal(torch.zeros_like(noise.mean), (process.alpha(t) ** 2 + process.sigma(t) ** 2).sqrt())
     for covariance, start in (("isotropic", normal(*noise.at(process, t))), ("standard", standard)):
         want = float(kl_divergence(marginal, start)) / d
         # A sum of terms around (r - 1 - ln r), each rounded to 1e-16.
