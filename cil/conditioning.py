@@ -154,8 +154,8 @@ class Diagnosis:
 def diagnose(noise: TimeNoise, u: Tensor) -> Diagnosis:
     """`u` are training times in [0, 1]: `process.unit_time(process.training_times())`."""
     p = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
-    mu = noise.center(u.double())
+    mu = noise.center(u.double()).sort().values
     normal = torch.special.ndtri((torch.arange(200, dtype=torch.float64) + 0.5) / 200)
-    level = noise.beta_m * torch.sigmoid(mu[:, None] + normal).flatten()
+    level = noise.beta_m * torch.sigmoid(mu[:: max(len(mu) // 1000, 1), None] + normal).flatten()
     spread = float(mu.var(correction=0))
     return Diagnosis(tuple(mu.quantile(p).tolist()), tuple(level.quantile(p).tolist()), spread / (spread + 1))

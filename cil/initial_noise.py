@@ -34,6 +34,8 @@ PUBLISHED: dict[Layout, tuple[str, str]] = {
     "svd": ("Expectation_x_0", "trCov_d"),  # T C H W, or B T C H W
 }
 
+RESERVED = {"variance", "count", "mean_error", "variance_error"}
+
 
 @dataclass(frozen=True)
 class InitialNoise:
@@ -54,8 +56,13 @@ class InitialNoise:
             raise ValueError(f"mean of shape {list(self.mean.shape)}: E[X0] is [T, C, H, W]")
         if not torch.isfinite(self.mean).all():
             raise ValueError("mean: E[X0] has NaN or inf")
-        if self.diagonal is not None and self.diagonal.shape != self.mean.shape:
-            raise ValueError(f"diagonal of {list(self.diagonal.shape)} beside a mean of {list(self.mean.shape)}")
+        if self.diagonal is not None:
+            if self.diagonal.shape != self.mean.shape:
+                raise ValueError(f"diagonal of {list(self.diagonal.shape)} beside a mean of {list(self.mean.shape)}")
+            if not bool(((self.diagonal >= 0) & (self.diagonal < float("inf"))).all()):
+                raise ValueError("diagonal: variances are at least 0 and finite")
+        if taken := RESERVED & self.facts.keys():
+            raise ValueError(f"facts: {', '.join(sorted(taken))} are names of figures")
 
     @classmethod
     def from_moments(cls, *groups: Moments, **facts: str) -> "InitialNoise":
@@ -65,7 +72,8 @@ class InitialNoise:
         or elements of a latent hang together. With one group only that of the mean is known, as of independent samples.
         """
         total = Moments.merged(groups)
-        noise = cls(total.mean, total.trace_cov_per_dim, total.variance, total.count, facts=MappingProxyType(facts))
+        said = MappingProxyType({name: str(fact) for name, fact in facts.items()})
+        noise = cls(total.mean, total.trace_cov_per_dim, total.variance, total.count, facts=said)
         groups = tuple(group for group in groups if group.count)
         if len(groups) < 2:
             return replace(noise, mean_error=(noise.variance / noise.count) ** 0.5)
@@ -107,6 +115,8 @@ class InitialNoise:
         if covariance not in get_args(Covariance):
             raise ValueError(f"covariance={covariance!r}: one of {', '.join(get_args(Covariance))}")
         alpha, sigma = process.alpha(t).cpu(), process.sigma(t).cpu()
+        if reference_compat and covariance == "diagonal":
+            raise ValueError("covariance='diagonal': the reference knows isotropic only")
         if reference_compat and isinstance(process, EDM):
             return torch.full_like(self.mean, self.variance), (sigma**2 + 1 + self.mean).sqrt()
         if not reference_compat:
@@ -162,6 +172,8 @@ class InitialNoise:
         for name, wanted in facts.items():
             if name in self.facts and self.facts[name] != wanted:
                 raise ValueError(f"initial noise of {name}={self.facts[name]}, not {wanted}")
+        if len(shape) != 4:
+            raise ValueError(f"shape={tuple(shape)}: T, C, H, W")
         if tuple(self.mean.shape) != tuple(shape):
             names = ("frames", "channels", "latent height", "latent width")
             found = zip(names, self.mean.shape, shape, strict=True)
@@ -216,21 +228,25 @@ class InitialNoise:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "InitialNoise":
-        return cls._published(data) if data[:1] in (b"P", b"\x80") else cls._ours(data)
+        # Ours begins with the length of its header, and that with a brace; a .pt with its zip's or pickle's mark.
+        published = data[8:9] != b"{" and (data[:2] == b"PK" or data[:1] == b"\x80")
+        return cls._published(data) if published else cls._ours(data)
 
     @classmethod
     def _ours(cls, data: bytes) -> "InitialNoise":
         try:
             tensors = safetensors.torch.load(data)
             facts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-            mean, variance = tensors["mean"], float(facts.pop("variance"))
-        except (safetensors.SafetensorError, KeyError) as error:
-            found = f"begins with {data[:8]!r}" if isinstance(error, safetensors.SafetensorError) else f"lacks {error}"
-            raise ValueError(f"not a file of initial noise: neither safetensors of ours nor a .pt ({found})") from None
-        count = int(facts.pop("count", 0))
-        mean_error, variance_error = (
-            float(facts.pop(name)) if name in facts else None for name in ("mean_error", "variance_error")
-        )
+            mean, variance, count = tensors["mean"].double(), float(facts.pop("variance")), int(facts.pop("count", 0))
+            mean_error, variance_error = (
+                float(facts.pop(name)) if name in facts else None for name in ("mean_error", "variance_error")
+            )
+        except safetensors.SafetensorError:
+            raise ValueError(f"neither a safetensors file of ours nor a .pt (begins with {data[:8]!r})") from None
+        except KeyError as error:
+            raise ValueError(f"a safetensors file, but not of initial noise (lacks {error})") from None
+        except ValueError as error:
+            raise ValueError(f"a file of initial noise whose figures are not numbers ({error})") from None
         facts = MappingProxyType(facts)
         return cls(mean, variance, tensors.get("diagonal"), count, mean_error, variance_error, facts)
 
@@ -238,15 +254,19 @@ class InitialNoise:
     def _published(cls, data: bytes) -> "InitialNoise":
         try:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise ValueError(f"not a .pt file of tensors, or a damaged one ({reason})") from None
+        except Exception as error:  # a damaged pickle can raise anything
+            objects = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
+            reason = "it holds objects other than tensors, which are never loaded" if objects else "damaged"
+            raise ValueError(f"not a .pt file of tensors ({reason})") from None
         found = [layout for layout, keys in PUBLISHED.items() if isinstance(state, dict) and set(keys) <= state.keys()]
         if not found:
             keys = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state).__name__
             wanted = " or ".join(" and ".join(pair) for pair in PUBLISHED.values())
             raise ValueError(f"a .pt file of {keys}; initial noise has {wanted}")
         layout, names = found[0], PUBLISHED[found[0]]
+        for name in names:
+            if not isinstance(state[name], Tensor | float | int) or torch.is_complex(torch.as_tensor(state[name])):
+                raise ValueError(f"{name} is {type(state[name]).__name__}: a tensor of real numbers")
         mean, variance = (torch.as_tensor(state[name]).double() for name in names)
         if variance.numel() != 1:
             raise ValueError(f"{names[1]} of shape {list(variance.shape)}: one number")
@@ -265,3 +285,6 @@ class _Standard(InitialNoise):
         self, process: Process, t: Tensor, covariance: Covariance = "isotropic", reference_compat: bool = False
     ) -> tuple[Tensor, Tensor]:
         return self.mean, torch.hypot(process.alpha(t), process.sigma(t)).cpu()
+
+    def to_bytes(self) -> bytes:
+        raise ValueError("the standard start needs no file: InitialNoise.standard(shape)")

@@ -44,6 +44,8 @@ class Moments:
             m2[block] = x.square_().sum(0) - samples * rest[block] ** 2
         if not torch.isfinite(m2).all():
             bad = (~torch.isfinite(flat)).any(1).nonzero().flatten().tolist()
+            if not bad:
+                raise ValueError("the latents are so large that the squares of their deviations are not finite")
             named = f"of {', '.join(ids[i] for i in bad[:10])}" if ids else f"at batch positions {bad[:10]}"
             raise ValueError(f"NaN or inf in the latents {named} ({len(bad)} of {samples} samples)")
         shape = batch.shape[1:]

@@ -22,6 +22,7 @@ from cil import EDM, VP, Draws, Flow, InitialNoise, Moments
 STARTS = [(VP(), 1), (VP(), 500), (VP(), 940), (VP(), 1000), (VP(zero_snr=True), 940), (VP(zero_snr=True), 1000)]
 STARTS += [(VP(rescale=0.7), 940), (VP(zero_snr=True, rescale=0.3), 600), (VP(betas="squared_cosine"), 900)]
 STARTS += [(EDM(), 0.5), (EDM(), 20), (EDM(), 700), (Flow(), 0.9), (Flow(), 1)]
+NAMES = [f"{type(process).__name__} {M}" for process, M in STARTS]
 SCHEDULE_M = ["1000", "960", "940", "900", "860", "820"]
 quick = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -195,7 +196,7 @@ def test_with_zero_snr_the_start_at_the_end_is_the_standard_normal():
 # -- the formula -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("process", "M"), STARTS, ids=str)
+@pytest.mark.parametrize(("process", "M"), STARTS, ids=NAMES)
 def test_mean_and_deviation_are_equation_5(process, M):
     noise, t = some_noise(), process.start(M)
     alpha, sigma = float(process.alpha(t) * process.x0_scale(t)), float(process.sigma(t))
@@ -205,7 +206,7 @@ def test_mean_and_deviation_are_equation_5(process, M):
     assert float(std) ** 2 == pytest.approx(alpha**2 * 0.4 + sigma**2, rel=1e-14)
 
 
-@pytest.mark.parametrize(("process", "M"), STARTS, ids=str)
+@pytest.mark.parametrize(("process", "M"), STARTS, ids=NAMES)
 def test_a_diagonal_covariance_has_a_deviation_for_each_element(process, M):
     noise, t = with_diagonal(), process.start(M)
     alpha, sigma = process.alpha(t) * process.x0_scale(t), process.sigma(t)
@@ -222,7 +223,9 @@ def test_a_diagonal_covariance_that_is_not_known_is_refused():
             ask(VP(), VP().start(940), "diagonal")
 
 
-@pytest.mark.parametrize("process", [VP(), VP(rescale=0.7), VP(zero_snr=True, rescale=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "process", [VP(), VP(rescale=0.7), VP(zero_snr=True, rescale=0.5)], ids=["plain", "rescaled", "both"]
+)
 def test_the_start_has_the_moments_of_noised_data(process):
     """The mean and the average variance of add_noise(x0, eps, M - 1), counted in samples."""
     n, t = 20_000, process.start(500)
@@ -262,7 +265,7 @@ def normal(mean: Tensor, std: Tensor) -> Independent:
     return Independent(Normal(mean, std.expand_as(mean)), 4)
 
 
-@pytest.mark.parametrize(("process", "M"), [*STARTS[:5], *STARTS[6:]], ids=str)
+@pytest.mark.parametrize(("process", "M"), STARTS, ids=NAMES)
 def test_the_divergence_is_that_of_two_normals(process, M):
     noise, t = with_diagonal(), process.start(M)
     marginal, d = normal(*noise.at(process, t, "diagonal")), noise.mean.numel()
@@ -275,7 +278,7 @@ def test_the_divergence_is_that_of_two_normals(process, M):
 
 
 @given(
-    start=st.sampled_from([*STARTS[:5], *STARTS[6:]]),
+    start=st.sampled_from(STARTS),
     seed=st.integers(0, 20),
     shift=st.floats(-1, 1),
     factor=st.floats(0.2, 5),
@@ -363,7 +366,7 @@ def test_sampling_from_a_generator_leaves_torchs_own_alone():
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("process", "M"), [(VP(), 0), (VP(), 1001), (EDM(), 701), (EDM(), 0), (Flow(), 0)], ids=str)
+@pytest.mark.parametrize(("process", "M"), [(VP(), 0), (VP(), 1001), (EDM(), 701), (EDM(), 0), (Flow(), 0)])
 def test_a_start_outside_the_process_is_refused(process, M):
     with pytest.raises(ValueError, match=f"M={M}"):
         some_noise().sample(process, process.start(M), 1)
@@ -552,7 +555,9 @@ def test_our_own_file_is_known_whatever_the_length_of_its_facts():
 
 def test_the_file_says_where_its_figures_are_from(tmp_path):
     path = tmp_path / "initial_noise.safetensors"
-    replace(some_noise(), facts={"encoder": "toy-dct4", "variance": "a lie"}).save(path)
+    with pytest.raises(ValueError, match="variance are names of figures"):
+        replace(some_noise(), facts={"variance": "a lie"})
+    replace(some_noise(), facts={"encoder": "toy-dct4"}).save(path)
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"encoder": "toy-dct4", "variance": "0.4", "count": "10"}
         assert torch.equal(file.get_tensor("mean"), some_noise().mean)
@@ -713,15 +718,15 @@ def test_a_pickle_that_would_execute_code_is_refused_and_executes_nothing(kind, 
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"", r"begins with b''"),
-        (b"<!DOCTYPE html>\n<html>Sign in</html>", r"begins with b'<!DOCTYP'"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", r"begins with b'version '"),
+        (b"", "begins with b''"),
+        (b"<!DOCTYPE html>\n<html>Sign in</html>", "begins with b'<!DOCTYP'"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "begins with b'version '"),
         (b"\x00" * 100, "neither safetensors of ours nor a .pt"),
         (b"Please sign in\n", "not a .pt file"),
         (b"PK\x03\x04 and no more", "not a .pt file"),
         (safetensors.torch.save({"weight": torch.zeros(3)}), "lacks 'mean'"),
         (safetensors.torch.save({"mean": torch.zeros(2, 3, 4, 5)}), "lacks 'variance'"),
-        (safetensors.torch.save({"mean": torch.zeros(3)}, metadata={"variance": "1"}), r"mean of shape \[3\]"),
+        (safetensors.torch.save({"mean": torch.zeros(3)}, metadata={"variance": "1"}), "mean of shape [3]"),
         (safetensors.torch.save({"mean": torch.zeros(1, 1, 1, 1)}, metadata={"variance": "nan"}), "variance=nan"),
         (saved({"state_dict": {}, "epoch": 3}), "a .pt file of state_dict, epoch; initial noise has Expectation_X0"),
         (saved({str(i): i for i in range(9)}), "a .pt file of 0, 1, 2, 3, 4; initial noise has"),
@@ -730,7 +735,7 @@ def test_a_pickle_that_would_execute_code_is_refused_and_executes_nothing(kind, 
         (saved({"Expectation_X0": torch.zeros(1, 1, 1, 1, 1)}), "a .pt file of Expectation_X0; initial noise has"),
         (saved({"Expectation_x_0": torch.zeros(1, 1, 1, 1), "trCov_d": -1.0}), "variance=-1.0"),
         (saved({"Expectation_x_0": torch.full((1, 1, 1, 1), float("nan")), "trCov_d": 1.0}), "NaN or inf"),
-        (saved({"Expectation_x_0": torch.zeros(2, 1, 1, 1), "trCov_d": torch.ones(2)}), r"trCov_d of shape \[2\]: one"),
+        (saved({"Expectation_x_0": torch.zeros(2, 1, 1, 1), "trCov_d": torch.ones(2)}), "trCov_d of shape [2]: one"),
         (saved({"Expectation_x_0": torch.zeros(1, 1, 1, 1), "trCov_d": "0.4"}), "trCov_d"),
         (saved({"Expectation_x_0": None, "trCov_d": 0.4}), "Expectation_x_0"),
     ],
@@ -741,9 +746,7 @@ def test_a_pickle_that_would_execute_code_is_refused_and_executes_nothing(kind, 
     ],
 )
 def test_a_file_of_something_else_is_refused_by_its_path_and_what_was_found(data, said, tmp_path):
-    # `match` is a regular expression, and so is this.
-    with pytest.raises(ValueError, match=said):
-        raise ValueError(refusal(data, tmp_path))
+    assert said in refusal(data, tmp_path)
 
 
 def legacy() -> bytes:
