@@ -13,10 +13,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from cil.draws import Draws, normal_like, uniform_like
+from cil.draws import Random, normal_like, uniform_like
 from cil.processes import per_sample
 
-Random = torch.Generator | Draws | None
 Form = Literal["elementwise", "per_frame", "scalar"]
 
 
@@ -28,6 +27,8 @@ class ConditioningNoise(ABC):
         """The deviation of each sample's noise [B]."""
 
     def __call__(self, y: Tensor, u: Tensor, random: Random = None, frames: int | None = None) -> tuple[Tensor, Tensor]:
+        if u.shape != y.shape[:1]:
+            raise ValueError(f"u of shape {list(u.shape)}: a time for each of {len(y)} samples")
         level = self.levels(u.to(device=y.device, dtype=torch.float32), random)
         if self.form == "per_frame":
             if frames is None:
@@ -103,7 +104,10 @@ class TimeNoise(ConditioningNoise):
             raise ValueError(f"form={self.form!r}: one of {', '.join(get_args(Form))}")
 
     def center(self, u: Tensor) -> Tensor:
-        """mu(t)."""
+        """mu(t). u is a share of the process, `process.unit_time(t)`, and not t."""
+        # On a GPU the look would wait for the device.
+        if u.device.type == "cpu" and not bool(((u >= 0) & (u <= 1)).all()):
+            raise ValueError(f"u={u.tolist()}: in 0..1, process.unit_time(t)")
         return self.mu_max * (2 * u.clamp(0, 1) ** self.a - 1)
 
     def levels(self, u: Tensor, random: Random = None) -> Tensor:
@@ -127,6 +131,8 @@ class TimeNoise(ConditioningNoise):
 
 def repeated(y: Tensor, frames: int | None) -> Tensor:
     """[B, ...] -> [B, T, ...]"""
+    if frames is not None and frames < 1:
+        raise ValueError(f"frames={frames}: at least 1")
     return y if frames is None else y.unsqueeze(1).expand(-1, frames, *y.shape[1:])
 
 
@@ -152,7 +158,10 @@ class Diagnosis:
 
 
 def diagnose(noise: TimeNoise, u: Tensor) -> Diagnosis:
-    """`u` are training times in [0, 1]: `process.unit_time(process.training_times())`."""
+    """`u` [N] are training times in [0, 1]: `process.unit_time(process.training_times())`."""
+    if u.dim() != 1 or len(u) == 0:
+        raise ValueError(f"u of shape {list(u.shape)}: a row of training times")
+    u = u.cpu()
     p = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
     mu = noise.center(u.double()).sort().values
     normal = torch.special.ndtri((torch.arange(200, dtype=torch.float64) + 0.5) / 200)

@@ -27,6 +27,7 @@ class Draws:
         return len(self._generators)
 
     def normal(self, *shape: int) -> Tensor:
+        """[B, *shape]; what each stream gives next."""
         return self._stack(lambda g: torch.randn(shape, generator=g, device=self.device))
 
     def uniform(self, *shape: int) -> Tensor:
@@ -40,14 +41,17 @@ class Draws:
         return torch.stack([draw(g) for g in self._generators])
 
 
-def normal_like(x: Tensor, random: "torch.Generator | Draws | None") -> Tensor:
+Random = torch.Generator | Draws | None
+
+
+def normal_like(x: Tensor, random: Random) -> Tensor:
     """Standard normal of x's shape [B, ...], on its device, from a generator or from per-sample draws."""
     if isinstance(random, Draws):
         return _matching(random, x).normal(*x.shape[1:]).to(x)
     return torch.randn(x.shape, generator=random, device=x.device, dtype=x.dtype)
 
 
-def uniform_like(x: Tensor, random: "torch.Generator | Draws | None") -> Tensor:
+def uniform_like(x: Tensor, random: Random) -> Tensor:
     """The same, uniform in [0, 1)."""
     if isinstance(random, Draws):
         return _matching(random, x).uniform(*x.shape[1:]).to(x)

@@ -13,15 +13,13 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal, get_args
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from cil.conditioning import Random
-from cil.draws import normal_like
+from cil.draws import Random, normal_like
 from cil.moments import Moments
 from cil.processes import EDM, Process
 
@@ -37,7 +35,7 @@ PUBLISHED: dict[Layout, tuple[str, str]] = {
 RESERVED = {"variance", "count", "mean_error", "variance_error"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InitialNoise:
     """E[X0] [T, C, H, W] and tr(Cov)/d of the training latents, with what is known of where they are from."""
 
@@ -47,12 +45,15 @@ class InitialNoise:
     count: int = 0  # samples; 0 where a file does not say
     mean_error: float | None = None  # standard errors: root mean square over the elements of E[X0],
     variance_error: float | None = None  # and of tr(Cov)/d
-    facts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # family, scaling_factor, ...
+    facts: Mapping[str, str] = field(default_factory=dict)  # family, scaling_factor, ...
+    standard_start: bool = False  # that of latents ~ N(0, I), whatever a dynamic rescale would make of them
 
     def __post_init__(self) -> None:
         if not 0 <= self.variance < float("inf"):
             raise ValueError(f"variance={self.variance}: at least 0")
-        if self.mean.dim() != 4:
+        if self.count < 0:
+            raise ValueError(f"count={self.count}: at least 0")
+        if self.mean.dim() != 4 or 0 in self.mean.shape:
             raise ValueError(f"mean of shape {list(self.mean.shape)}: E[X0] is [T, C, H, W]")
         if not torch.isfinite(self.mean).all():
             raise ValueError("mean: E[X0] has NaN or inf")
@@ -72,11 +73,12 @@ class InitialNoise:
         or elements of a latent hang together. With one group only that of the mean is known, as of independent samples.
         """
         total = Moments.merged(groups)
-        said = MappingProxyType({name: str(fact) for name, fact in facts.items()})
+        said = {name: str(fact) for name, fact in facts.items()}
         noise = cls(total.mean, total.trace_cov_per_dim, total.variance, total.count, facts=said)
         groups = tuple(group for group in groups if group.count)
         if len(groups) < 2:
-            return replace(noise, mean_error=(noise.variance / noise.count) ** 0.5)
+            alone = noise.count < 2  # says nothing of its own spread
+            return noise if alone else replace(noise, mean_error=(noise.variance / (noise.count - 1)) ** 0.5)
         squares = torch.zeros_like(total.mean)
         shifts, variances = [], []
         for group in groups:
@@ -97,7 +99,7 @@ class InitialNoise:
     @classmethod
     def standard(cls, shape: tuple[int, ...]) -> "InitialNoise":
         """The start without Analytic-Init: N(0, I) on a VP process, N(0, (sigma^2 + 1) I) on EDM."""
-        return _Standard(torch.zeros(shape, dtype=torch.float64), 1.0)
+        return cls(torch.zeros(shape, dtype=torch.float64), 1.0, standard_start=True)
 
     # -- the start of sampling ---------------------------------------------------------------------------------------
 
@@ -117,6 +119,8 @@ class InitialNoise:
         alpha, sigma = process.alpha(t).cpu(), process.sigma(t).cpu()
         if reference_compat and covariance == "diagonal":
             raise ValueError("covariance='diagonal': the reference knows isotropic only")
+        if self.standard_start:
+            return self.mean, torch.hypot(alpha, sigma)
         if reference_compat and isinstance(process, EDM):
             return torch.full_like(self.mean, self.variance), (sigma**2 + 1 + self.mean).sqrt()
         if not reference_compat:
@@ -164,21 +168,23 @@ class InitialNoise:
 
     # -- what it is good for -----------------------------------------------------------------------------------------
 
-    def check(self, shape: tuple[int, ...], **facts: str) -> None:
+    def check(self, shape: tuple[int, ...], family: str | None = None, scaling_factor: float | None = None) -> None:
         """Refuses to be used for latents [T, C, H, W] of another shape, or for another family or scaling factor.
 
         What a file does not say, as published ones do not, cannot be checked.
         """
-        for name, wanted in facts.items():
-            if name in self.facts and self.facts[name] != wanted:
-                raise ValueError(f"initial noise of {name}={self.facts[name]}, not {wanted}")
         if len(shape) != 4:
             raise ValueError(f"shape={tuple(shape)}: T, C, H, W")
-        if tuple(self.mean.shape) != tuple(shape):
-            names = ("frames", "channels", "latent height", "latent width")
-            found = zip(names, self.mean.shape, shape, strict=True)
-            differing = ", ".join(f"{name} {have}, not {want}" for name, have, want in found if have != want)
-            raise ValueError(f"initial noise of {differing}")
+        wanted = {"family": family, "scaling_factor": scaling_factor}
+        pairs = [
+            (name, self.facts[name], str(value))
+            for name, value in wanted.items()
+            if value is not None and name in self.facts
+        ]
+        sizes = ("frames", "channels", "latent height", "latent width")
+        pairs += [(name, str(have), str(want)) for name, have, want in zip(sizes, self.mean.shape, shape, strict=True)]
+        if differing := [f"{name} {have}, not {want}" for name, have, want in pairs if have != want]:
+            raise ValueError(f"initial noise of {', '.join(differing)}")
 
     def __str__(self) -> str:
         """The estimates with their standard errors, and whether the videos were enough."""
@@ -197,6 +203,7 @@ class InitialNoise:
 
     def to_bytes(self) -> bytes:
         """Our own file: safetensors, whose metadata hold the figures and facts."""
+        self._refuse_standard()
         tensors = {"mean": self.mean.contiguous()}
         if self.diagonal is not None:
             tensors["diagonal"] = self.diagonal.contiguous()
@@ -206,6 +213,7 @@ class InitialNoise:
 
     def to_published(self, layout: Layout) -> bytes:
         """A `.pt` file that the reference's loaders take."""
+        self._refuse_standard()
         if layout not in PUBLISHED:
             raise ValueError(f"layout={layout!r}: one of {', '.join(PUBLISHED)}")
         mean = self.mean.float()
@@ -213,6 +221,10 @@ class InitialNoise:
         file = io.BytesIO()
         torch.save(dict(zip(PUBLISHED[layout], tensors, strict=True)), file)
         return file.getvalue()
+
+    def _refuse_standard(self) -> None:
+        if self.standard_start:
+            raise ValueError("the standard start needs no file: InitialNoise.standard(shape)")
 
     def save(self, path: str | Path, layout: Layout | None = None) -> None:
         """Our own file, or one of a published layout."""
@@ -228,6 +240,7 @@ class InitialNoise:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "InitialNoise":
+        """The content of a file, in any of the three layouts."""
         # Ours begins with the length of its header, and that with a brace; a .pt with its zip's or pickle's mark.
         published = data[8:9] != b"{" and (data[:2] == b"PK" or data[:1] == b"\x80")
         return cls._published(data) if published else cls._ours(data)
@@ -247,7 +260,6 @@ class InitialNoise:
             raise ValueError(f"a safetensors file, but not of initial noise (lacks {error})") from None
         except ValueError as error:
             raise ValueError(f"a file of initial noise whose figures are not numbers ({error})") from None
-        facts = MappingProxyType(facts)
         return cls(mean, variance, tensors.get("diagonal"), count, mean_error, variance_error, facts)
 
     @classmethod
@@ -265,9 +277,9 @@ class InitialNoise:
             raise ValueError(f"a .pt file of {keys}; initial noise has {wanted}")
         layout, names = found[0], PUBLISHED[found[0]]
         for name in names:
-            if not isinstance(state[name], Tensor | float | int) or torch.is_complex(torch.as_tensor(state[name])):
+            if not _is_real(state[name]):
                 raise ValueError(f"{name} is {type(state[name]).__name__}: a tensor of real numbers")
-        mean, variance = (torch.as_tensor(state[name]).double() for name in names)
+        mean, variance = (torch.as_tensor(state[name]).detach().double() for name in names)
         if variance.numel() != 1:
             raise ValueError(f"{names[1]} of shape {list(variance.shape)}: one number")
         if mean.dim() == 5 and len(mean) == 1:
@@ -278,13 +290,8 @@ class InitialNoise:
         return cls(mean.contiguous(), float(variance))
 
 
-class _Standard(InitialNoise):
-    """That of latents ~ N(0, I), whatever a dynamic rescale would make of them."""
-
-    def at(
-        self, process: Process, t: Tensor, covariance: Covariance = "isotropic", reference_compat: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        return self.mean, torch.hypot(process.alpha(t), process.sigma(t)).cpu()
-
-    def to_bytes(self) -> bytes:
-        raise ValueError("the standard start needs no file: InitialNoise.standard(shape)")
+def _is_real(value: object) -> bool:
+    if isinstance(value, Tensor):
+        dense = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+        return dense and not value.is_complex() and value.dtype != torch.bool
+    return isinstance(value, float | int) and not isinstance(value, bool)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 BLOCK = 2**18  # float64 elements at once: what a core's cache holds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moments:
     """count, mean and M2 (the sum of squared deviations), mergeable in any order.
 
@@ -23,6 +24,13 @@ class Moments:
     rest: Tensor
     m2: Tensor
 
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise ValueError(f"count={self.count}: at least 0")
+        if not self.mean.shape == self.rest.shape == self.m2.shape:
+            shapes = ", ".join(str(list(x.shape)) for x in (self.mean, self.rest, self.m2))
+            raise ValueError(f"mean, rest and m2 of shapes {shapes}: one shape")
+
     @classmethod
     def zeros(cls, shape: Sequence[int]) -> "Moments":
         return cls(0, *(torch.zeros(tuple(shape), dtype=torch.float64) for _ in range(3)))
@@ -30,6 +38,8 @@ class Moments:
     @classmethod
     def of(cls, batch: Tensor, ids: Sequence[str] | None = None) -> "Moments":
         """Of a batch [N, ...], by two passes. `ids` name the samples where one of them is refused."""
+        if ids is not None and len(ids) != len(batch):
+            raise ValueError(f"{len(ids)} ids for {len(batch)} samples")
         if len(batch) == 0:
             return cls.zeros(batch.shape[1:])
         samples, flat = len(batch), batch.detach().flatten(1)
@@ -46,18 +56,20 @@ class Moments:
             bad = (~torch.isfinite(flat)).any(1).nonzero().flatten().tolist()
             if not bad:
                 raise ValueError("the latents are so large that the squares of their deviations are not finite")
-            named = f"of {', '.join(ids[i] for i in bad[:10])}" if ids else f"at batch positions {bad[:10]}"
+            named = f"at batch positions {bad[:10]}"
+            if ids is not None:
+                named = f"of {', '.join(str(ids[i]) for i in bad[:10])}"
             raise ValueError(f"NaN or inf in the latents {named} ({len(bad)} of {samples} samples)")
         shape = batch.shape[1:]
         return cls(samples, mean.reshape(shape).cpu(), rest.reshape(shape).cpu(), m2.reshape(shape).cpu())
 
     @classmethod
     def merged(cls, parts: Iterable["Moments"]) -> "Moments":
-        """Of at least one part."""
-        parts = iter(parts)
-        total = next(parts)
+        total = None
         for part in parts:
-            total = total.merge(part)
+            total = part if total is None else total.merge(part)
+        if total is None:
+            raise ValueError("parts: at least one")
         return total
 
     def merge(self, other: "Moments") -> "Moments":
@@ -94,5 +106,8 @@ class Moments:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Moments":
-        state = safetensors.torch.load(data)
-        return cls(int(state["count"]), state["mean"], state["rest"], state["m2"])
+        try:
+            state = safetensors.torch.load(data)
+            return cls(int(state["count"]), state["mean"], state["rest"], state["m2"])
+        except (safetensors.SafetensorError, KeyError) as error:
+            raise ValueError(f"not moments: {error}") from None

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,7 +22,10 @@ from cil.processes import EDM, VP, Process
 from cil.recipes import CORRECTED
 
 PROCESSES = {"vp": VP(), **{name: recipe.process for name, recipe in CORRECTED.items()}}
-STARTS = {"standard": "without Analytic-Init: N(0, I), or as wide as sigma", "isotropic": "Analytic-Init"}
+STARTS: dict[Literal["standard", "isotropic"], str] = {
+    "standard": "without Analytic-Init: N(0, I), or as wide as sigma",
+    "isotropic": "Analytic-Init",
+}
 
 
 def draw_timenoise(path: Path, exponents: Sequence[float], doses: Sequence[float]) -> None:
@@ -31,6 +34,8 @@ def draw_timenoise(path: Path, exponents: Sequence[float], doses: Sequence[float
     u = torch.linspace(0, 1, 201)
     for row, beta_m in zip(panels, doses, strict=True):
         for panel, a in zip(row, exponents, strict=True):
+            if beta_m == 0:
+                raise ValueError("beta_m=0: there is no density to draw")
             noise, share = TimeNoise(beta_m, a), torch.linspace(0.0025, 0.9975, 200)
             density = noise.density(beta_m * share[:, None], u[None])
             panel.imshow(
@@ -57,8 +62,8 @@ def draw_initial_noise(path: Path, noise: InitialNoise, process: Process) -> Non
         values = [end * i // 100 if end > 1 else i / 100 for i in range(40, 101)]
     panel = panels[0][0]
     for start, label in STARTS.items():
-        kl = [noise.divergence(process, process.start(M), start) for M in values]  # type: ignore[arg-type]
-        panel.plot(values, kl, label=label)
+        kl = [noise.divergence(process, process.start(M), start) for M in values]
+        panel.plot(values, [value or math.nan for value in kl], label=label)  # a log axis knows no 0
     panel.set(yscale="log", xlabel="M", ylabel="KL per dimension, nats", title="Distance of x_M from the true marginal")
     if isinstance(process, EDM):
         panel.set(xscale="log", xlabel="M (sigma)")

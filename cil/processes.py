@@ -22,10 +22,13 @@ from cil.draws import Draws
 Prediction = Literal["eps", "v", "x0", "flow"]
 Spacing = Literal["trailing", "leading", "uniform", "linspace"]
 TimeMap = Literal["log_sigma", "sigma"]
+Betas = Literal["scaled_linear", "squared_cosine"]
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, 1, ...] in the type and on the device of `like`."""
+    """[B] -> [B, 1, 1, ...] in the type and on the device of `like`; a number stays one."""
+    if value.dim() and value.shape != like.shape[:1]:
+        raise ValueError(f"one number a sample: {list(value.shape)} for a batch of shape {list(like.shape)}")
     return value.to(like).reshape(-1, *[1] * (like.dim() - 1))
 
 
@@ -67,6 +70,8 @@ class Process(ABC):
         return x_t, t
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t."""
+        _same_shape("eps", eps, x0)
         return per_sample(self.alpha(t) * self.x0_scale(t), x0) * x0 + per_sample(self.sigma(t), x0) * eps
 
     # v and flow are two angles in the plane of (s x_0, eps). v is turned by 90 degrees from x_t, whatever its length;
@@ -74,6 +79,7 @@ class Process(ABC):
 
     def target(self, prediction: Prediction, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What a network with this kind of prediction should have answered."""
+        _same_shape("eps", eps, x0)
         if prediction == "x0":
             return x0
         if prediction == "eps":
@@ -89,6 +95,7 @@ class Process(ABC):
 
     def split(self, prediction: Prediction, answer: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The (x0, eps) that a network's answer means."""
+        _same_shape("answer", answer, x_t)
         alpha, sigma, scale = self.alpha(t), self.sigma(t), self.x0_scale(t)
         a, b = (per_sample(c, x_t) for c in (alpha, sigma))
         if prediction == "x0":
@@ -120,7 +127,7 @@ class VP(Process):
     """
 
     steps: int = 1000
-    betas: Literal["scaled_linear", "squared_cosine"] = "scaled_linear"
+    betas: Betas = "scaled_linear"
     beta_start: float = 0.00085
     beta_end: float = 0.012
     zero_snr: bool = False
@@ -131,8 +138,8 @@ class VP(Process):
         least = 2 if self.zero_snr else 1
         if self.steps < least:
             raise ValueError(f"steps={self.steps}: at least {least}")
-        if self.betas not in ("scaled_linear", "squared_cosine"):
-            raise ValueError(f"betas={self.betas!r}: one of scaled_linear, squared_cosine")
+        if self.betas not in get_args(Betas):
+            raise ValueError(f"betas={self.betas!r}: one of {', '.join(get_args(Betas))}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"beta_start={self.beta_start}, beta_end={self.beta_end}: 0 < beta_start <= beta_end < 1")
         if not 0 < self.rescale <= 1:
@@ -172,7 +179,7 @@ class VP(Process):
         return self._at(2, t)
 
     def unit_time(self, t: Tensor) -> Tensor:
-        return t / self.steps
+        return self._index(t) / self.steps
 
     def start(self, M: float) -> Tensor:
         if not 1 <= M <= self.steps or int(M) != M:
@@ -214,12 +221,15 @@ class VP(Process):
         return (_shares(points) * self.steps).long()
 
     def _at(self, row: int, t: Tensor) -> Tensor:
+        return _vp_table(self, t.device)[row, self._index(t)]
+
+    def _index(self, t: Tensor) -> Tensor:
         if t.is_floating_point():
             raise ValueError(f"t={t}: an index, 0..{self.steps - 1}")
         # A negative index would silently read the table from its end. On a GPU the look would wait for the device.
         if t.device.type == "cpu" and t.numel() and not 0 <= int(t.min()) <= int(t.max()) < self.steps:
             raise ValueError(f"t={t.tolist()}: indices in 0..{self.steps - 1}")
-        return _vp_table(self, t.device)[row, t.long()]
+        return t.long()
 
 
 @lru_cache(maxsize=16)
@@ -308,7 +318,7 @@ class Flow(Process):
         return _checked(t, "t", 0.0, 1.0).double()
 
     def unit_time(self, t: Tensor) -> Tensor:
-        return t.float()
+        return self.sigma(t).float()
 
     def start(self, M: float) -> Tensor:
         if not 0 < M <= 1:
@@ -334,8 +344,15 @@ def _shares(points: int) -> Tensor:
     return (torch.arange(points, dtype=torch.float64) + 0.5) / points
 
 
+def _same_shape(name: str, value: Tensor, like: Tensor) -> None:
+    if value.shape != like.shape:
+        raise ValueError(f"{name} of shape {list(value.shape)}: {list(like.shape)}, as what it goes with")
+
+
 def _checked(t: Tensor, name: str, low: float, high: float) -> Tensor:
-    """On a GPU the look would wait for the device."""
+    """t, if it is in the range. On a GPU the look would wait for the device."""
+    if not t.is_floating_point():
+        raise ValueError(f"{name}={t.tolist()}: not an index, but a number of the process")
     if t.device.type == "cpu" and t.numel() and not bool(((t >= low) & (t <= high)).all()):
         raise ValueError(f"{name}={t.tolist()}: {f'at least {low:g}' if high == inf else f'{low:g}..{high:g}'}")
     return t

@@ -30,6 +30,8 @@ def matched_beta_m(noise: TimeNoise, frames: int = FRAMES) -> float:
     Noise that is drawn anew for each of T repeats of an image has 1/T of its variance left in their mean; noise that
     is drawn once, elementwise or as one number, has all of it.
     """
+    if frames < 1:
+        raise ValueError(f"frames={frames}: at least 1")
     return noise.beta_m / math.sqrt(frames) if noise.form == "per_frame" else noise.beta_m
 
 

@@ -1,20 +1,23 @@
 """From x_M to x_0, in steps that start at M.
 
-times = process.times(steps=50, M=940)                     # times[0] is the index 939
-x = noise.sample(process, times[0], batch=4)               # x_M is drawn for it
-x_0 = sample(denoise, x, process, times, prediction="v")   # and the first model call is made at it
+    times = process.times(steps=50, M=940)                     # times[0] is the index 939
+    draws = Draws([(seed, i) for i in range(4)])               # a stream for each sample, whatever its batch
+    x = noise.sample(process, times[0], 4, draws)              # x_M is drawn for it
+    x_0 = sample(denoise, x, process, times, prediction="v")   # and the first model call is made at it
+
+With eta > 0 give the same draws to both: made anew, their first noise would be that of x_M again.
 """
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from cil.conditioning import Random
-from cil.draws import normal_like
-from cil.processes import Prediction, Process
+from cil.draws import Random, normal_like
+from cil.processes import VP, Prediction, Process
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], t [B]) -> prediction [B, ...]
 ReferenceCompat = Literal["dynamicrafter", "videocrafter1"]
@@ -54,8 +57,12 @@ def sample(
     if len(times) == 0 or not bool((times.diff() < 0).all()):
         raise ValueError(f"times={times.tolist()}: at least one, and falling")
     levels = [_level(process, t) for t in times] + [_landing(process, times[-1], reference_compat)]
+    if levels[-2].sigma == 0:
+        raise ValueError(f"times={times.tolist()}: above 0; the step to x_0 is taken after the last")
     for t, (now, after) in zip(times, pairwise(levels), strict=True):
         answer = denoise(x, t.to(x.device).expand(len(x)))
+        if answer.shape != x.shape:
+            raise ValueError(f"denoise answered {list(answer.shape)} for x of shape {list(x.shape)}")
         fresh = eta * fresh_noise(now, after)
         signal, noise = after.alpha * after.scale, (after.sigma**2 - fresh**2) ** 0.5
         x0, eps = _in_terms_of_x_and_answer(process, prediction, t)
@@ -86,8 +93,9 @@ def _landing(process: Process, last: Tensor, reference_compat: ReferenceCompat |
     """Where the last step ends: at x_0. The reference ends at index 0, with its noise."""
     if reference_compat is None:
         return CLEAN
-    if reference_compat not in ("dynamicrafter", "videocrafter1"):
-        raise ValueError(f"reference_compat={reference_compat!r}: None, 'dynamicrafter' or 'videocrafter1'")
+    if reference_compat not in get_args(ReferenceCompat) or not isinstance(process, VP):
+        named = ", ".join(get_args(ReferenceCompat))
+        raise ValueError(f"reference_compat={reference_compat!r}: None, or one of {named} on a VP process")
     first = _level(process, torch.zeros_like(last))
     return first._replace(scale=float(process.x0_scale(last))) if reference_compat == "dynamicrafter" else first
 
@@ -100,8 +108,11 @@ def guided(conditional: Denoiser, unconditional: Denoiser, scale: float | Tensor
     """
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale={rescale}: in 0..1")
-    if not isinstance(scale, Tensor) and scale == 1:
-        return conditional
+    if not isinstance(scale, Tensor):
+        if not math.isfinite(scale):
+            raise ValueError(f"scale={scale}: a number")
+        if scale == 1:
+            return conditional
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         with_it, without = conditional(x, t), unconditional(x, t)
@@ -109,7 +120,8 @@ def guided(conditional: Denoiser, unconditional: Denoiser, scale: float | Tensor
         if rescale == 0:
             return answer
         inner = tuple(range(1, x.dim()))
-        back = with_it.std(inner, keepdim=True) / answer.std(inner, keepdim=True)
+        spread = answer.std(inner, keepdim=True)
+        back = torch.where(spread > 0, with_it.std(inner, keepdim=True) / spread, 1)  # a network that answers 0
         return answer * (1 + rescale * (back - 1))
 
     return denoise

@@ -1,7 +1,6 @@
 """E[X0] and tr(Cov)/d of a cache's training clips, merged from the moments that its parts hold."""
 
 from cil import InitialNoise
-from cil.families import Family
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import family_of, read_cache, read_moments, refuse_other_family, snapshot
@@ -29,7 +28,9 @@ def make_initial_noise(config: Config) -> Manifest:
     if clips < 2:
         raise UserError(f"the cache at {cache.uri} has {clips} training clips: a variance needs at least 2")
     noise.begin(config.model_dump_json(indent=1))
-    initial = InitialNoise.from_moments(*moments, cache=snapshot(cache), **_facts(family_of(config)))
+    family = family_of(config)
+    facts = {"family": family.name, "scaling_factor": str(family.scaling_factor), "cache": snapshot(cache)}
+    initial = InitialNoise.from_moments(*moments, **facts)
     storage.write(noise.path(FILE), initial.to_bytes())
     print(f"{KIND}: {initial}")
     return noise.finish({"clips": clips})
@@ -40,11 +41,7 @@ def read_initial_noise(config: Config) -> tuple[InitialNoise, Manifest]:
     refuse_other_family(manifest, config)
     noise, family = InitialNoise.from_bytes(storage.read(storage.join(manifest.uri, FILE))), family_of(config)
     try:
-        noise.check(family.latent_shape, **_facts(family))
+        noise.check(family.latent_shape, family.name, family.scaling_factor)
     except ValueError as error:
         raise UserError(f"{manifest.uri}: {error}") from None
     return noise, manifest
-
-
-def _facts(family: Family) -> dict[str, str]:
-    return {"family": family.name, "scaling_factor": str(family.scaling_factor)}

@@ -144,11 +144,38 @@ def test_the_density_integrates_to_one_and_is_that_of_drawn_levels(beta_m, a, mu
     assert ((found - mass).abs() < 5 * (mass * (1 - mass) / n).sqrt() + 1 / n).all()
 
 
-def test_time_beyond_the_unit_interval_is_clamped():
-    noise, inside = TimeNoise(20.0, 5.0), torch.tensor([0.0, 1.0])
-    assert torch.equal(noise.center(torch.tensor([-0.5, 1.5])), noise.center(inside))
-    root = TimeNoise(20.0, 0.5).center(torch.tensor([-0.5, 1.5]))  # a root of a negative time would be NaN
-    assert torch.equal(root, torch.tensor([-1.0, 1.0]))
+@pytest.mark.parametrize("bad", [-0.5, 1.5, 940.0, math.nan])
+def test_a_time_that_is_no_share_is_refused_rather_than_taken_for_the_end(bad):
+    """Who forgets `process.unit_time` would train with the highest level at every t."""
+    with pytest.raises(ValueError, match=r"u=.*in 0\.\.1, process\.unit_time"):
+        TimeNoise(20.0)(torch.zeros(2, 3), torch.tensor([0.5, bad]))
+
+
+@pytest.mark.parametrize("u", [torch.tensor(0.5), torch.full((1,), 0.5), torch.full((3, 1), 0.5)])
+def test_times_that_are_not_one_for_each_sample_are_refused(u):
+    for kind in (ConstantNoise(1.0), TimeNoise(20.0), CDM(1.0)):
+        with pytest.raises(ValueError, match="a time for each of 3 samples"):
+            kind(torch.zeros(3, 4), u)
+
+
+@pytest.mark.parametrize("frames", [0, -1])
+def test_no_frames_are_refused(frames):
+    for kind in (CleanCondition(), TimeNoise(20.0)):
+        with pytest.raises(ValueError, match=f"frames={frames}: at least 1"):
+            kind(torch.zeros(2, 3), torch.full((2,), 0.5), frames=frames)
+
+
+def test_a_diagnosis_needs_a_row_of_times():
+    for u in (torch.empty(0), torch.zeros(2, 2)):
+        with pytest.raises(ValueError, match="a row of training times"):
+            diagnose(TimeNoise(20.0), u)
+    assert diagnose(TimeNoise(20.0), torch.rand(300_000)).mu[0] == pytest.approx(-1, abs=1e-3)
+
+
+def test_noise_whose_center_moves_by_a_fifth_of_its_spread_can_be_told_from_constant():
+    flat, moving = (torch.linspace(0.5 - w, 0.5 + w, 1001) for w in (0.052, 0.0585))
+    assert diagnose(TimeNoise(20.0, 1.0), flat).constant  # mu = 2 u - 1, over 90 % of 2 w: 0.187
+    assert not diagnose(TimeNoise(20.0, 1.0), moving).constant  # 0.211
 
 
 @pytest.mark.parametrize("a", [0.5, 1.0, 5.0])

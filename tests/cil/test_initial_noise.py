@@ -418,11 +418,13 @@ def test_no_samples_make_no_initial_noise():
 
 def test_noise_of_another_family_or_scaling_factor_is_refused_by_both_names():
     noise = some_noise(family="svd", scaling_factor="0.18215")
-    noise.check((2, 3, 4, 5), family="svd", scaling_factor="0.18215")
-    with pytest.raises(ValueError, match="family=svd, not dynamicrafter"):
+    noise.check((2, 3, 4, 5), family="svd", scaling_factor=0.18215)
+    with pytest.raises(ValueError, match="family svd, not dynamicrafter"):
         noise.check((2, 3, 4, 5), family="dynamicrafter")
-    with pytest.raises(ValueError, match=r"scaling_factor=0\.18215, not 0\.13025"):
-        noise.check((2, 3, 4, 5), family="svd", scaling_factor="0.13025")
+    with pytest.raises(ValueError, match=r"scaling_factor 0\.18215, not 0\.13025"):
+        noise.check((2, 3, 4, 5), family="svd", scaling_factor=0.13025)
+    with pytest.raises(ValueError, match="family svd, not toy, frames 2, not 8"):
+        noise.check((8, 3, 4, 5), family="toy")
 
 
 def test_what_a_file_does_not_say_is_not_checked():
@@ -467,13 +469,42 @@ def test_standard_errors_equal_leaving_out_each_group_by_hand(sizes):
 def test_one_group_tells_the_error_of_independent_samples_and_none_of_the_variance():
     x = randn(50, 1, 2, 3, 2)
     alone, each = InitialNoise.from_moments(Moments.of(x)), InitialNoise.from_moments(*map(Moments.of, x.split(1)))
-    assert alone.mean_error == pytest.approx((alone.variance / 50) ** 0.5, rel=1e-15)
+    assert alone.mean_error == pytest.approx((alone.variance / 49) ** 0.5, rel=1e-15)
     assert alone.variance_error is None
     # A group for each sample: the jackknife of a mean is s / sqrt(n), of the variance that divides by n - 1.
     assert each.mean_error == pytest.approx((alone.variance / 49) ** 0.5, rel=1e-12)
     torch.testing.assert_close(each.mean, alone.mean, rtol=1e-14, atol=1e-15)
     empty = InitialNoise.from_moments(Moments.of(x), Moments.zeros((1, 2, 3, 2)))
     assert (empty.mean_error, empty.variance_error) == (alone.mean_error, None)
+
+
+def test_one_sample_tells_no_error():
+    assert InitialNoise.from_moments(Moments.of(randn(1, 1, 2, 3, 2))).mean_error is None
+
+
+def test_no_groups_are_refused():
+    with pytest.raises(ValueError, match="parts: at least one"):
+        InitialNoise.from_moments()
+
+
+def test_noise_can_be_sent_to_another_process():
+    before = some_noise(family="svd")
+    after = pickle.loads(pickle.dumps(before))
+    assert torch.equal(after.mean, before.mean)
+    assert after.facts == before.facts
+
+
+def test_the_standard_start_is_refused_a_file_in_any_layout():
+    for layout in (None, "lvdm", "svd"):
+        with pytest.raises(ValueError, match="the standard start needs no file"):
+            InitialNoise.standard((1, 2, 2, 2)).save("nowhere", layout)
+
+
+def test_a_published_parameter_is_read_without_its_gradient():
+    file = io.BytesIO()
+    torch.save({"Expectation_x_0": torch.nn.Parameter(torch.zeros(1, 2, 2, 2)), "trCov_d": 1.0}, file)
+    noise = InitialNoise.from_bytes(file.getvalue())
+    assert not noise.sample(VP(), VP().start(900), 1).requires_grad
 
 
 @pytest.mark.parametrize("likeness", [0.0, 0.9], ids=["independent clips", "clips of a video alike"])

@@ -5,6 +5,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -186,6 +187,28 @@ def test_nan_in_a_late_block_is_found_too():
     x[2, -1] = float("nan")
     with pytest.raises(ValueError, match=r"positions \[2\]"):
         Moments.of(x)
+
+
+def test_ids_of_any_kind_name_the_samples_and_must_be_one_for_each():
+    x = latents(3, 2)
+    x[1, 0] = float("nan")
+    for ids in ([7, 8, 9], np.array([7, 8, 9])):
+        with pytest.raises(ValueError, match="of 8 "):
+            Moments.of(x, ids)
+    with pytest.raises(ValueError, match="2 ids for 3 samples"):
+        Moments.of(latents(3, 2), ["a", "b"])
+
+
+def test_what_moments_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="parts: at least one"):
+        Moments.merged([])
+    with pytest.raises(ValueError, match="count=-1"):
+        Moments(-1, *torch.zeros(3, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="one shape"):
+        Moments(1, torch.zeros(2), torch.zeros(2), torch.zeros(3))
+    for data in (b"", b"no safetensors at all", safetensors.torch.save({"mean": torch.zeros(2)})):
+        with pytest.raises(ValueError, match="not moments"):
+            Moments.from_bytes(data)
 
 
 def test_of_many_bad_samples_ten_are_named_and_all_are_counted():

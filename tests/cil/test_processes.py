@@ -727,6 +727,30 @@ def test_without_an_M_edm_and_flow_begin_at_their_ends():
     assert Flow().times(5)[0] == 1
 
 
+@pytest.mark.parametrize("process", [VP(), EDM(), Flow()], ids=lambda p: type(p).__name__)
+def test_shapes_that_do_not_go_together_are_refused(process):
+    x, t = torch.zeros(3, 2, 4), process.training_times(3)
+    with pytest.raises(ValueError, match=r"eps of shape \[1, 2, 4\]: \[3, 2, 4\]"):
+        process.add_noise(x, x[:1], t)
+    with pytest.raises(ValueError, match=r"answer of shape \[3, 2, 1\]"):
+        process.split("v", x[:, :, :1], x, t)
+    with pytest.raises(ValueError, match=r"one number a sample: \[2\] for a batch"):
+        process.add_noise(x, x, t[:2])
+    assert process.add_noise(x, x, t[0]).shape == x.shape  # one time for all
+
+
+@pytest.mark.parametrize("process", [EDM(), Flow()], ids=lambda p: type(p).__name__)
+def test_an_index_is_refused_where_t_is_a_number(process):
+    with pytest.raises(ValueError, match="not an index"):
+        process.sigma(VP().start(940))
+
+
+def test_times_outside_a_process_have_no_unit_time():
+    for process, t in ((VP(), torch.tensor([2000])), (Flow(), torch.tensor([1.5])), (Flow(), torch.tensor([math.nan]))):
+        with pytest.raises(ValueError, match=r"t="):
+            process.unit_time(t)
+
+
 @pytest.mark.parametrize(
     "bad", [{"P_mean": math.nan}, {"P_mean": math.inf}, {"P_std": 0.0}, {"P_std": math.inf}, {"P_std": -1.0}]
 )

@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 from cil import InitialNoise
+from cil.recipes import CORRECTED
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -25,7 +27,7 @@ def test_an_x_M_is_drawn_from_a_published_file_and_sampled_from(tmp_path, monkey
         seen.append((x, t))
         return torch.zeros_like(x)
 
-    names = {"denoise": denoise}
+    names = {"denoise": denoise, "seed": 0}
     exec(examples()[0], names)
     assert names["video"].shape == (4, 4, 4, 8, 8)
     assert len(seen) == 50
@@ -35,18 +37,20 @@ def test_an_x_M_is_drawn_from_a_published_file_and_sampled_from(tmp_path, monkey
     assert names["times"][-1] == 18
 
 
-def test_timenoise_goes_into_a_training_loop():
+@pytest.mark.parametrize("family", CORRECTED)
+def test_timenoise_goes_into_a_training_loop_of_every_family(family):
     random = torch.Generator().manual_seed(0)
-    latents, eps = torch.randn(2, 6, 8, 4, 8, 8, generator=random)
+    latents = torch.randn(6, 8, 4, 8, 8, generator=random)
     weight = torch.zeros((), requires_grad=True)
     names = {
-        "torch": torch,
+        "seed": 0,
+        "position": 0,
         "latents": latents,
-        "eps": eps,
         "image_latent": latents[:, 0],
         "model": lambda x, t, image: weight * x + 0 * image,
     }
-    exec(examples()[1], names)
+    assert 'recipe("dynamicrafter")' in examples()[1]
+    exec(examples()[1].replace('"dynamicrafter"', f'"{family}"'), names)
     names["loss"].backward()
     assert weight.grad.abs() > 0
     assert names["image"].shape == latents.shape

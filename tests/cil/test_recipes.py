@@ -111,6 +111,21 @@ def test_time_tells_in_every_corrected_recipe(family):
 def test_corrected_recipes_leave_most_samples_whole(family):
     drops = recipe(family).drops
     assert drops.text + drops.image + drops.both <= 0.15 + 1e-9
+    assert drops.both > 0  # guidance needs it
+
+
+def test_the_noise_is_put_where_the_family_takes_its_image():
+    assert {family: recipe(family).noised for family in FAMILIES} == {
+        "svd": "image latents, not scaled",
+        "dynamicrafter": "image latents, scaled",
+        "videocrafter1": "projected CLIP tokens",
+        "i2vgenxl": "frame-0 latent, scaled",
+    }
+
+
+def test_a_dose_for_no_frames_is_refused():
+    with pytest.raises(ValueError, match="frames=0"):
+        matched_beta_m(TimeNoise(100), 0)
 
 
 @pytest.mark.parametrize("compat", [False, True])

@@ -615,3 +615,27 @@ def test_times_that_do_not_fall_are_refused(process):
     for times in (process.times(3).flip(0), process.times(3)[[0, 0, 1]], process.times(3)[:0]):
         with pytest.raises(ValueError, match=r"times=.*falling"):
             sample(lambda x, t: x, torch.zeros(1, 2), process, times, "v", eta=1.0)
+
+
+@pytest.mark.parametrize("process", [EDM(), Flow()], ids=lambda p: type(p).__name__)
+def test_times_that_end_in_0_are_refused_because_that_step_is_the_samplers_own(process):
+    times = torch.cat([process.times(2), torch.zeros(1, dtype=torch.float64)])
+    with pytest.raises(ValueError, match=r"above 0; the step to x_0 is taken after the last"):
+        sample(lambda x, t: x, torch.zeros(1, 2), process, times, "v")
+
+
+def test_an_answer_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"denoise answered \[1, 1\] for x of shape \[2, 3\]"):
+        sample(lambda x, t: x[:1, :1], torch.zeros(2, 3), VP(), VP().times(2), "v")
+
+
+def test_the_authors_end_is_one_of_vp_processes():
+    with pytest.raises(ValueError, match="on a VP process"):
+        sample(lambda x, t: x, torch.zeros(1, 2), EDM(), EDM().times(2), "v", reference_compat="dynamicrafter")
+
+
+def test_guidance_by_no_number_is_refused_and_a_rescale_of_zero_answers_is_zero():
+    with pytest.raises(ValueError, match="scale=nan"):
+        guided(lambda x, t: x, lambda x, t: x, math.nan)
+    zero = guided(lambda x, t: 0 * x, lambda x, t: 0 * x, 7.5, 0.7)
+    assert torch.equal(zero(torch.ones(2, 3), torch.tensor([1, 2])), torch.zeros(2, 3))
