@@ -325,7 +325,7 @@ def load_into(
     """
     modules = {"": module} if isinstance(module, nn.Module) else module
     own = {prefix: part.state_dict() for prefix, part in modules.items()}
-    _compare({prefix + name: tensor for prefix, names in own.items() for name, tensor in names.items()}, state, wanted)
+    compare({prefix + name: tensor for prefix, names in own.items() for name, tensor in names.items()}, state, wanted)
     for prefix, part in modules.items():
         if hollow := [name for name, buffer in part.named_buffers() if buffer.is_meta and name not in own[prefix]]:
             raise ValueError(f"{prefix}{hollow[0]} is on the meta device and in no file: make this buffer off it")
@@ -339,7 +339,9 @@ def load_into(
         part.load_state_dict(tensors, assign=True)
 
 
-def _compare(own: Mapping[str, Tensor], state: Mapping[str, Tensor], wanted: str | None) -> None:
+def compare(own: Mapping[str, Tensor], state: Mapping[str, Tensor], wanted: str | None = None) -> None:
+    """A Mismatch, unless `state` has the names, shapes and kinds of `own` and nothing else."""
+
     def kind(tensor: Tensor) -> str:
         return f"{list(tensor.shape)}" + ("" if tensor.is_floating_point() else f" {tensor.dtype}")
 

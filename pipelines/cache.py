@@ -17,6 +17,7 @@ import torch
 
 from cil import families
 from cil.families import Family
+from cil.families.base import Clip
 from cil.metrics.motion import SMALLEST, motion_score
 from cil.moments import Moments
 from pipelines import artifact, storage
@@ -152,7 +153,9 @@ class PartMaker:
         return [(frames[np.searchsorted(wanted, clip)], clip, decoder.fps) for clip in indices]
 
     def _encode(self, video: Video, view: int, frames: torch.Tensor, indices: list[int], fps: float) -> dict[str, Any]:
-        tensors = self.family.encode(frames[None])  # one clip a call: the call's shape is part of the plan
+        stride = self.config.cache.stride
+        known = Clip(video.caption, fps / stride, stride)
+        tensors = self.family.encode(frames[None], [known])  # one clip a call: the call's shape is part of the plan
         if not all(torch.isfinite(t).all() for t in tensors.values()):
             raise BadVideo("not_finite", f"the encoder gave NaN or inf for view {view}")
         return {
@@ -220,7 +223,7 @@ def family_of(config: Config) -> Family:
 
 def family_code(config: Config) -> tuple[str, ...]:
     """The modules in which a family's functions stand."""
-    return ("cil.families.base", f"cil.families.{config.family.name}", f"cil.nets.{config.family.name}")
+    return ("cil.families.base", f"cil.families.{config.family.name}", *family_of(config).modules)
 
 
 def snapshot(cache: Manifest) -> str:

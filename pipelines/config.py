@@ -45,8 +45,8 @@ class Section(BaseModel):
 class FamilyConfig(Section):
     """The model, and the size of its clips."""
 
-    name: Literal["toy"] = Field("toy", description="which family of models")
-    preset: Literal["tiny", "small"] = Field("small", description="the size of its network")
+    name: Literal["toy", "dynamicrafter", "videocrafter1"] = Field("toy", description="which family of models")
+    preset: str = Field("small", description="its size; every family has tiny, with random weights, to try")
     frames: PositiveInt = Field(8, description="frames of a clip")
     height: PositiveInt = Field(32, description="pixels")
     width: PositiveInt = Field(32, description="pixels")

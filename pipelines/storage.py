@@ -3,8 +3,9 @@
 import json
 import os
 import posixpath
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,32 @@ def write(uri: str, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def put(local: Path, uri: str) -> None:
+    """A file of any size, to stand at `uri` whole or not at all."""
+    if is_local(uri):
+        os.makedirs(os.path.dirname(uri), exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(uri), prefix=".unfinished-")
+        os.close(handle)
+        shutil.copyfile(local, temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, uri)
+        return
+    with _remote(uri) as remote:
+        remote.put_file(str(local), uri)
+
+
+@contextmanager
+def local_copies(uri: str, names: Iterable[str]) -> Iterator[Path]:
+    """A folder on this machine that has these files of the folder `uri`: itself, if it is local."""
+    if is_local(uri):
+        yield Path(uri)
+        return
+    with tempfile.TemporaryDirectory() as folder, _remote(uri) as remote:
+        for name in names:
+            remote.get_file(join(uri, name), os.path.join(folder, name))
+        yield Path(folder)
 
 
 def read_rows(uri: str) -> list[dict[str, Any]]:

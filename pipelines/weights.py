@@ -1,5 +1,7 @@
 """Fine-tuned weights as an artifact: the family's own files, and what they were trained from."""
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,9 +44,10 @@ def plan_weights(
 def write_weights(
     made: Artifact, family: Family, state: dict[str, Tensor], counts: dict[str, int], **content: Any
 ) -> Manifest:
-    files = family.export(state)
-    for name, data in files.items():
-        storage.write(made.path(name), data)
+    with tempfile.TemporaryDirectory() as folder:
+        files = family.export(state, Path(folder))
+        for name in files:
+            storage.put(Path(folder, name), made.path(name))
     return made.finish(counts, files=sorted(files), **content)
 
 
@@ -55,5 +58,5 @@ def read_weights(config: Config, row: str) -> Manifest:
 
 
 def load_weights(family: Family, net: nn.Module, manifest: Manifest) -> None:
-    files = {name: storage.read(storage.join(manifest.uri, name)) for name in manifest.content["files"]}
-    net.load_state_dict(family.restore(files), strict=True)
+    with storage.local_copies(manifest.uri, manifest.content["files"]) as folder:
+        net.load_state_dict(family.restore(folder), strict=True)

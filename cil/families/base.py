@@ -1,7 +1,8 @@
 """What a family says of itself. Training, sampling, caching and scoring are written once, against this."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,14 @@ from cil.draws import Draws
 from cil.processes import Prediction, Process, per_sample
 
 Condition = dict[str, Tensor]
+
+
+class Clip(NamedTuple):
+    """What is known of a clip beside its frames."""
+
+    caption: str = ""
+    fps: float = 24.0  # of the frames taken
+    stride: int = 1  # source frames from one to the next
 
 
 class Dropped(NamedTuple):
@@ -29,6 +38,7 @@ class Dropped(NamedTuple):
 
 class Family(ABC):
     name: str
+    modules: tuple[str, ...]  # beside its own, what its functions stand in
     process: Process
     prediction: Prediction
     scaling_factor: float  # of the latents: what the VAE's output is multiplied with
@@ -49,7 +59,7 @@ class Family(ABC):
         """Changes whenever `encode` would give other latents for the same frames."""
 
     @abstractmethod
-    def encode(self, frames: Tensor) -> dict[str, Tensor]:
+    def encode(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
         """uint8 frames [B, T, H, W, 3] -> the cached tensors, among them `latents` [B, T, C, H, W]."""
 
     @abstractmethod
@@ -82,9 +92,9 @@ class Family(ABC):
     # -- weights on disk ---------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def export(self, state: Mapping[str, Tensor]) -> dict[str, bytes]:
-        """A state dict -> the files of the family's published layout."""
+    def export(self, state: Mapping[str, Tensor], folder: Path) -> list[str]:
+        """A state dict into files of the family's published layout; answers their names."""
 
     @abstractmethod
-    def restore(self, files: Mapping[str, bytes]) -> dict[str, Tensor]:
+    def restore(self, folder: Path) -> dict[str, Tensor]:
         """The inverse of `export`."""

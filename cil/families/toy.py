@@ -5,19 +5,21 @@ most of the variance of smooth pictures. The image enters as a latent concatenat
 and SVD.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import safetensors.torch
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from cil.checkpoints import read, write_safetensors
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
-from cil.families.base import Condition, Family
+from cil.families.base import Clip, Condition, Family
 from cil.nets.toy import ToyNet
 from cil.processes import VP, Prediction
 
+FILE = "toy.safetensors"
 BLOCK = 4
 FREQUENCIES = ((0, 0), (0, 1), (1, 0), (1, 1))
 PRESETS = {"tiny": (8, 16), "small": (28, 56)}  # channels of the two levels
@@ -25,6 +27,7 @@ PRESETS = {"tiny": (8, 16), "small": (28, 56)}  # channels of the two levels
 
 class Toy(Family):
     name = "toy"
+    modules = ("cil.nets.toy",)
     prediction: Prediction = "x0"
     scaling_factor = 1.0
 
@@ -49,7 +52,7 @@ class Toy(Family):
     def encoder_identity(self) -> str:
         return f"toy-dct{BLOCK}-scale{self.scaling_factor}"
 
-    def encode(self, frames: Tensor) -> dict[str, Tensor]:
+    def encode(self, frames: Tensor, clips: Sequence[Clip] = ()) -> dict[str, Tensor]:
         grey = frames.float().mean(-1) / 127.5 - 1
         blocks = rearrange(grey, "b t (h p) (w q) -> b t h w p q", p=BLOCK, q=BLOCK)
         latents = torch.einsum("b t h w p q, c p q -> b t c h w", blocks, self.basis.to(frames.device))
@@ -82,12 +85,15 @@ class Toy(Family):
         """1 / max(sigma^2, 0.2): x0-errors at small t are small, and would not be learned."""
         return (1 / (self.process.sigma(t) ** 2).clamp_min(0.2)).float()
 
-    def export(self, state: Mapping[str, Tensor]) -> dict[str, bytes]:
-        return {"toy.safetensors": safetensors.torch.save(dict(state))}
+    def export(self, state: Mapping[str, Tensor], folder: Path) -> list[str]:
+        write_safetensors(folder / FILE, state)
+        return [FILE]
 
-    def restore(self, files: Mapping[str, bytes]) -> dict[str, Tensor]:
-        return safetensors.torch.load(files["toy.safetensors"])
+    def restore(self, folder: Path) -> dict[str, Tensor]:
+        return read(folder / FILE)
 
 
-def build(frames: int, height: int, width: int, preset: str) -> Toy:
+def build(frames: int, height: int, width: int, preset: str, weights: str | None, tokenizer: str | None) -> Toy:
+    if weights or tokenizer:
+        raise ValueError("weights and tokenizer: the family toy has none that are published")
     return Toy(frames, height, width, preset)
