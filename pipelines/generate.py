@@ -40,6 +40,7 @@ SPLITS = {REAL: "test", REFERENCE: "train"}
 
 def generate(config: Config) -> dict[str, Manifest]:
     """The sets of all rows, and the two real ones."""
+    refuse_impossible_starts(config)
     cache = read_cache(config)
     rows = config.evaluation_rows()
     chosen = {name: choose(config, cache, name) for name in SPLITS}
@@ -69,6 +70,16 @@ def generate(config: Config) -> dict[str, Manifest]:
         storage.write_rows(sets[name].path("index.jsonl"), index)
         sets[name].finish({"videos": len(index)})
     return {name: made.manifest() for name, made in sets.items()}
+
+
+def refuse_impossible_starts(config: Config) -> None:
+    """An M that the family's process does not have, or more steps than lead from it."""
+    process = family_of(config).process
+    for row in config.evaluation_rows().values():
+        try:
+            process.times(config.generate.steps, row.settings.M)
+        except ValueError as error:
+            raise UserError(f"generate.rows.{row.arm}, generate.steps={config.generate.steps}: {error}") from None
 
 
 def choose(config: Config, cache: Manifest, name: str) -> list[int]:

@@ -4,7 +4,7 @@ from importlib import import_module
 
 from cil.families.base import Family
 
-NAMES = ("toy", "dynamicrafter", "videocrafter1")
+NAMES = ("toy", "dynamicrafter", "videocrafter1", "svd", "i2vgenxl")
 
 
 def load(
