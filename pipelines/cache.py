@@ -186,6 +186,9 @@ class PartMaker:
         }
         layout = {}
         for name in rows[0]["tensors"] if rows else ():
+            assert name not in CLIP_SCHEMA, (
+                f"{name} is a column of every cache: the family must call its tensor otherwise"
+            )
             tensors = [row["tensors"][name].contiguous() for row in rows]
             layout[name] = {"shape": list(tensors[0].shape), "dtype": str(tensors[0].dtype).removeprefix("torch.")}
             columns[name] = pa.array([t.numpy().tobytes() for t in tensors], pa.large_binary())

@@ -101,7 +101,7 @@ class SVD(Family):
         return {
             "latents": torch.stack([self._latents(each) for each in frames]).half(),
             "image": as_clip_sees(frames[:, 0], self.sizes.image.size),
-            "fps": torch.tensor([float(clip.fps) for clip in clips]),
+            "rate": torch.tensor([float(clip.fps) for clip in clips]),
         }
 
     def _latents(self, frames: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class SVD(Family):
         with torch.no_grad():
             clip = self.frozen.image.to(pixels.device)(pixel_values=pixels).image_embeds[:, None]
         # SVD counts frames per second from 0.
-        ids = torch.stack([batch["fps"] - 1, torch.full_like(level, MOTION_BUCKET), level], dim=1)
+        ids = torch.stack([batch["rate"] - 1, torch.full_like(level, MOTION_BUCKET), level], dim=1)
         return {"image": image, "clip": clip, "ids": ids}, level
 
     def drop(self, condition: Condition, dropped: Dropped) -> Condition:

@@ -68,7 +68,7 @@ def test_what_is_cached_of_a_clip_has_the_shapes_and_types_that_the_family_says(
     assert {name: (list(t.shape[1:]), t.dtype) for name, t in batch.items()} == {
         "latents": ([4, 4, 4, 6], torch.float16),
         "image": ([28, 28, 3], torch.uint8),
-        "fps": ([], torch.float32),
+        "rate": ([], torch.float32),
     }
     assert tuple(batch["latents"].shape[1:]) == family.latent_shape
     assert torch.equal(family.encode(frames()[1:], CLIPS[1:])["latents"][0], batch["latents"][1])
