@@ -358,6 +358,14 @@ def compare(own: Mapping[str, Tensor], state: Mapping[str, Tensor], wanted: str 
     raise Mismatch(head + _resemblance(state, wanted), missing, left_over, other_shape)
 
 
+def check_names(found: Iterable[str], wanted: Iterable[str], what: str) -> None:
+    """All of `wanted` and nothing else, or a ValueError that says what is not as it should be."""
+    found, wanted = set(found), set(wanted)
+    faults = {"missing": sorted(wanted - found), "unknown": sorted(found - wanted)}
+    if told := [f"{len(names)} {fault}: {_first(names)}" for fault, names in faults.items() if names]:
+        raise ValueError(f"{what}: {'; '.join(told)}")
+
+
 def _resemblance(state: Mapping[str, Tensor], wanted: str | None) -> str:
     like = looks_like(state)
     return f"; looks like {like}" if like and like != wanted else ""

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # Seconds, not the seven minutes that botocore waits by default for an endpoint that accepts and never answers.
 S3_LIMITS = {"connect_timeout": 3, "read_timeout": 20, "retries": {"total_max_attempts": 3}}
@@ -42,33 +42,36 @@ def write(uri: str, data: bytes) -> None:
         with _remote(uri) as remote:
             remote.pipe_file(uri, data)
         return
-    folder = os.path.dirname(uri)
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, uri)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with _in_place_of(uri) as file:
+        file.write(data)
 
 
 def put(local: Path, uri: str) -> None:
     """A file of any size, to stand at `uri` whole or not at all."""
     if is_local(uri):
-        os.makedirs(os.path.dirname(uri), exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(uri), prefix=".unfinished-")
-        os.close(handle)
-        shutil.copyfile(local, temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, uri)
+        with local.open("rb") as source, _in_place_of(uri) as file:
+            shutil.copyfileobj(source, file)
         return
     with _remote(uri) as remote:
         remote.put_file(str(local), uri)
+
+
+@contextmanager
+def _in_place_of(path: str) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when it is whole, and is gone if it never is."""
+    folder = os.path.dirname(path)
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 @contextmanager
@@ -79,7 +82,9 @@ def local_copies(uri: str, names: Iterable[str]) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder, _remote(uri) as remote:
         for name in names:
-            remote.get_file(join(uri, name), os.path.join(folder, name))
+            copy = Path(folder, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            remote.get_file(join(uri, name), str(copy))
         yield Path(folder)
 
 

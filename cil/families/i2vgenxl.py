@@ -21,11 +21,10 @@ from torch.nn import functional as F
 from cil.checkpoints import Mismatch, load_into, read, write_diffusers
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
-from cil.families.base import Clip, Condition, Dropped, Family
-from cil.families.lvdm import FRAMES_A_CALL, byte_vocabulary
+from cil.families.base import Clip, Condition, Dropped
+from cil.families.sd_vae import SDVAEFamily, byte_tokenizer, clip_tokenizer
 from cil.nets.openclip import clip_pixels
-from cil.processes import VP, per_sample
-from cil.recipes import recipe
+from cil.processes import per_sample
 
 TEXT_TOKENS = 77
 
@@ -122,43 +121,17 @@ class Frozen:
     image: Any
 
 
-class I2VGenXL(Family):
-    """`weights`: a published pipeline's folder; without it everything is random, which is for trying."""
+class I2VGenXL(SDVAEFamily):
+    """From a published pipeline's folder."""
 
     name = "i2vgenxl"
-    modules = ("cil.families.lvdm", "cil.nets.openclip")
-    process: VP
-    scaling_factor = 0.18215
+    modules = ("cil.families.sd_vae", "cil.recipes", "cil.nets.openclip")
+    sizes: Configs
     presets: Mapping[str, Configs] = {"tiny": TINY, "256": PUBLISHED, "704": PUBLISHED}
 
-    def __init__(
-        self,
-        frames: int,
-        height: int,
-        width: int,
-        preset: str,
-        weights: str | None = None,
-        tokenizer: str | None = None,
-    ) -> None:
-        if preset not in self.presets:
-            raise ValueError(f"preset={preset!r}: the family {self.name} has {', '.join(self.presets)}")
-        self.configs = self.presets[preset]
-        multiple = 8 * 2 ** (len(self.configs["unet"]["block_out_channels"]) - 1)
-        if frames < 1 or min(height, width) < multiple or height % multiple or width % multiple:
-            raise ValueError(f"{frames} x {height} x {width}: the family {self.name} takes multiples of {multiple}")
-        self.frames, self.height, self.width, self.preset = frames, height, width, preset
-        self.weights, self.vocabulary = weights, tokenizer
-        told = recipe(self.name)
-        assert isinstance(told.process, VP)
-        self.process, self.prediction = told.process, told.prediction
-
     @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        return self.frames, 4, self.height // 8, self.width // 8
-
-    @property
-    def encoder_identity(self) -> str:
-        return f"{self.name}-{self.preset}-{self.weights or 'random'}"
+    def levels(self) -> int:
+        return len(self.sizes["unet"]["block_out_channels"])
 
     # -- frozen --------------------------------------------------------------------------------------------------------
 
@@ -166,7 +139,7 @@ class I2VGenXL(Family):
     def encode(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
         """Latents, text tokens, the first frame as CLIP sees it (uint8), and the frames per second."""
         return {
-            "latents": torch.stack([self._latents(each) for each in frames]).half(),
+            "latents": self.latents(frames),
             "text": self._text([clip.caption for clip in clips]).half(),
             "image": as_clip_sees(frames[:, 0], self.image_size),
             "rate": torch.tensor([max(int(clip.fps), 1) for clip in clips]),
@@ -174,14 +147,8 @@ class I2VGenXL(Family):
 
     @property
     def image_size(self) -> int:
-        size: int = self.configs["image_encoder"]["image_size"]
+        size: int = self.sizes["image_encoder"]["image_size"]
         return size
-
-    def _latents(self, frames: Tensor) -> Tensor:
-        vae = self.frozen.vae
-        x = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
-        modes = [vae.encode(chunk.to(vae.device)).latent_dist.mode() for chunk in torch.split(x, FRAMES_A_CALL)]
-        return self.scaling_factor * torch.cat(modes).cpu()
 
     def _text(self, captions: Sequence[str]) -> Tensor:
         """[B, 77, D]: what leaves the last layer but one, normalised as what leaves the last.
@@ -206,25 +173,9 @@ class I2VGenXL(Family):
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import CLIPTokenizer
-
         if self.preset == "tiny":
-            return CLIPTokenizer(vocab=byte_vocabulary(), merges=[])
-        folder = self.vocabulary or (self.weights and str(Path(self.weights, "tokenizer")))
-        if not folder:
-            raise ValueError("tokenizer=None: a folder with CLIP's vocab.json and merges.txt")
-        if not Path(folder).is_dir():
-            raise ValueError(f"{folder}: no folder; expected one with CLIP's vocab.json and merges.txt")
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        vae = self.frozen.vae
-        videos = []
-        for each in latents.float() / self.scaling_factor:
-            x = torch.cat([vae.decode(chunk.to(vae.device)).sample.cpu() for chunk in torch.split(each, FRAMES_A_CALL)])
-            videos.append(((x.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
-        return torch.stack(videos)
+            return byte_tokenizer()
+        return clip_tokenizer(self.vocabulary or (self.weights and str(Path(self.weights, "tokenizer"))))
 
     @cached_property
     def frozen(self) -> Frozen:
@@ -260,7 +211,7 @@ class I2VGenXL(Family):
 
     def _config(self, part: str) -> dict[str, Any]:
         """The file's, which is that of the preset in all that matters here."""
-        needed = dict(self.configs[part])
+        needed = dict(self.sizes[part])
         if self.weights is None:
             return needed
         folder = Path(self.weights)

@@ -7,7 +7,7 @@ the towers stay as they are, and are written back with it.
 import html
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from cil.checkpoints import FRAME_STRIDE, Mismatch, compare, load_into, read, renamed, select, write_lvdm
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
-from cil.families.base import Clip, Condition, Dropped, Family
+from cil.families.base import Clip, Condition, Dropped
+from cil.families.sd_vae import SDVAEFamily, byte_tokenizer, clip_tokenizer
 from cil.nets.autoencoder import Autoencoder
 from cil.nets.lvdm import TEXT_TOKENS, LVDMUNet, Resampler
 from cil.nets.openclip import MEAN, STD, ImageTower, TextTower, clip_pixels, image_tokens, text_tokens
 from cil.processes import VP, per_sample
-from cil.recipes import recipe
 
 FRAME_STRIDE_OF = {ours: theirs for theirs, ours in FRAME_STRIDE.items()}
-FRAMES_A_CALL = 4  # of the VAE: calls of one shape, and memory that does not grow with the clip
 UNET, PROJECTOR = "model.diffusion_model.", "image_proj_model."
 VAE, TEXT, IMAGE = "first_stage_model.", "cond_stage_model.model.", "embedder.model."
 
@@ -91,13 +90,15 @@ class Frozen:
     extras: Mapping[str, Tensor]
 
 
-class LVDM(Family):
-    """`weights`: a published file; without it everything is random, which is for trying."""
+class LVDM(SDVAEFamily):
+    """Both, from one `.ckpt`."""
 
     process: VP
-    modules = ("cil.families.lvdm", "cil.nets.lvdm", "cil.nets.autoencoder", "cil.nets.openclip")
-    scaling_factor = 0.18215
-    presets: Mapping[str, Sizes]
+    modules = (
+        *("cil.families.lvdm", "cil.families.sd_vae", "cil.recipes"),
+        *("cil.nets.lvdm", "cil.nets.autoencoder", "cil.nets.openclip"),
+    )
+    sizes: Sizes
     concatenated: bool  # the image latent is also an input of the UNet
 
     def __init__(
@@ -109,28 +110,15 @@ class LVDM(Family):
         weights: str | None = None,
         tokenizer: str | None = None,
     ) -> None:
-        if preset not in self.presets:
-            raise ValueError(f"preset={preset!r}: the family {self.name} has {', '.join(self.presets)}")
-        self.sizes = self.presets[preset]
-        multiple = 8 * 2 ** (len(self.sizes.unet.get("channel_mult", (1, 2, 4, 4))) - 1)
-        if frames < 1 or min(height, width) < multiple or height % multiple or width % multiple:
-            raise ValueError(f"{frames} x {height} x {width}: the family {self.name} takes multiples of {multiple}")
+        super().__init__(frames, height, width, preset, weights, tokenizer)
         if preset != "tiny" and frames != 16:
             raise ValueError(f"frames={frames}: published weights of {self.name} are for 16")
-        self.frames, self.height, self.width, self.preset = frames, height, width, preset
-        self.weights, self.vocabulary = weights, tokenizer
-        told = recipe(self.name)
-        assert isinstance(told.process, VP)
-        self.process = VP(zero_snr=told.process.zero_snr, rescale=self.sizes.rescale)
-        self.prediction = told.prediction
+        assert isinstance(self.process, VP)
+        self.process = replace(self.process, rescale=self.sizes.rescale)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        return self.frames, 4, self.height // 8, self.width // 8
-
-    @property
-    def encoder_identity(self) -> str:
-        return f"{self.name}-{self.preset}-{self.weights or 'random'}"
+    def levels(self) -> int:
+        return len(self.sizes.unet.get("channel_mult", range(4)))
 
     # -- frozen --------------------------------------------------------------------------------------------------------
 
@@ -138,17 +126,11 @@ class LVDM(Family):
     def encode(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
         """Latents, text tokens, the first frame as CLIP sees it (uint8), and the rate that the UNet is told."""
         return {
-            "latents": torch.stack([self._latents(each) for each in frames]).half(),
+            "latents": self.latents(frames),
             "text": self._text([clip.caption for clip in clips]).half(),
             "image": as_clip_sees(frames[:, 0], self.sizes.image.size),
             "rate": torch.tensor([self._rate(clip) for clip in clips]),
         }
-
-    def _latents(self, frames: Tensor) -> Tensor:
-        vae = self.frozen.vae
-        x = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
-        modes = [vae.encode(chunk.to(vae.device)).latent_dist.mode() for chunk in torch.split(x, FRAMES_A_CALL)]
-        return self.scaling_factor * torch.cat(modes).cpu()
 
     def _text(self, captions: Sequence[str]) -> Tensor:
         return text_tokens(self.frozen.text, self.ids(captions).to(self.frozen.text.device)).cpu()
@@ -167,22 +149,7 @@ class LVDM(Family):
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import CLIPTokenizer
-
-        if self.preset == "tiny":
-            return CLIPTokenizer(vocab=byte_vocabulary(), merges=[])
-        if self.vocabulary is None:
-            raise ValueError("tokenizer=None: a folder with CLIP's vocab.json and merges.txt")
-        return CLIPTokenizer.from_pretrained(self.vocabulary, local_files_only=True)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        vae = self.frozen.vae
-        videos = []
-        for each in latents.float() / self.scaling_factor:
-            x = torch.cat([vae.decode(chunk.to(vae.device)).sample.cpu() for chunk in torch.split(each, FRAMES_A_CALL)])
-            videos.append(((x.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
-        return torch.stack(videos)
+        return byte_tokenizer() if self.preset == "tiny" else clip_tokenizer(self.vocabulary)
 
     @cached_property
     def frozen(self) -> Frozen:
@@ -301,15 +268,19 @@ class LVDM(Family):
 
     def drop(self, condition: Condition, dropped: Dropped) -> Condition:
         """An empty caption, and CLIP's tokens of a grey image. The concatenated image stays in both branches."""
+        without = {"text": dropped.text, "clip": dropped.image}
+        for name, which in without.items():
+            given = condition[name]
+            nothing = self._nothing[name].to(given)
+            condition = {**condition, name: torch.where(per_sample(which, given) > 0, nothing, given)}
+        return condition
+
+    @cached_property
+    def _nothing(self) -> dict[str, Tensor]:
+        tower, size = self.frozen.image, self.sizes.image.size
+        grey = torch.full((1, size, size, 3), 128, dtype=torch.uint8, device=tower.device)
         with torch.no_grad():
-            nothing = self._text([""]).to(condition["text"])
-            grey = torch.full(
-                (1, *[self.sizes.image.size] * 2, 3), 128, dtype=torch.uint8, device=condition["clip"].device
-            )
-            blank = image_tokens(self.frozen.image, clip_pixels(grey, self.sizes.image.size))
-        text = torch.where(per_sample(dropped.text, condition["text"]) > 0, nothing, condition["text"])
-        clip = torch.where(per_sample(dropped.image, condition["clip"]) > 0, blank, condition["clip"])
-        return {**condition, "text": text, "clip": clip}
+            return {"text": self._text([""]), "clip": image_tokens(tower, clip_pixels(grey, size))}
 
     def denoise(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         told = {name: value for name, value in condition.items() if name != "image"}
@@ -349,12 +320,3 @@ def as_clip_sees(frames: Tensor, size: int) -> Tensor:
     pixels = clip_pixels(frames, size).permute(0, 2, 3, 1)
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
     return ((pixels.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-
-
-def byte_vocabulary() -> dict[str, int]:
-    """CLIP's vocabulary without merges: every byte, inside a word and at its end, and the two marks."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    symbols = [*map(chr, visible), *(chr(256 + i) for i in range(len(hidden)))]
-    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
-    return {word: i for i, word in enumerate(words)}

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from cil.checkpoints import load_into, read, write_diffusers
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
-from cil.families.base import Clip, Condition, Dropped, Family
+from cil.families.base import Clip, Condition, Dropped
 from cil.families.lvdm import as_clip_sees
+from cil.families.sd_vae import SDVAEFamily
 from cil.nets.openclip import ImageTower, clip_pixels
+from cil.objectives import edm_weight
 from cil.processes import per_sample
-from cil.recipes import recipe
 
-FRAMES_A_CALL = 4  # of the VAE's encoder, which sees each frame for itself
 MOTION_BUCKET = 20  # what the paper's recipe trains and samples with
 
 
@@ -58,10 +58,10 @@ class Frozen:
     image: Any
 
 
-class SVD(Family):
+class SVD(SDVAEFamily):
     name = "svd"
-    modules = ("cil.families.lvdm", "cil.nets.openclip")
-    scaling_factor = 0.18215
+    modules = ("cil.families.lvdm", "cil.families.sd_vae", "cil.recipes", "cil.nets.openclip")
+    sizes: Sizes
     presets: Mapping[str, Sizes] = {"tiny": TINY, "512": PUBLISHED, "1024": PUBLISHED}
 
     def __init__(
@@ -75,23 +75,11 @@ class SVD(Family):
     ) -> None:
         if tokenizer:
             raise ValueError("tokenizer: the family svd takes no text")
-        if preset not in self.presets:
-            raise ValueError(f"preset={preset!r}: the family svd has {', '.join(self.presets)}")
-        self.sizes = self.presets[preset]
-        multiple = 8 * 2 ** (len(self.sizes.unet.get("block_out_channels", range(4))) - 1)
-        if frames < 1 or min(height, width) < multiple or height % multiple or width % multiple:
-            raise ValueError(f"{frames} x {height} x {width}: the family svd takes multiples of {multiple}")
-        self.frames, self.height, self.width, self.preset, self.weights = frames, height, width, preset, weights
-        told = recipe(self.name)
-        self.process, self.prediction = told.process, told.prediction
+        super().__init__(frames, height, width, preset, weights)
 
     @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        return self.frames, 4, self.height // 8, self.width // 8
-
-    @property
-    def encoder_identity(self) -> str:
-        return f"svd-{self.preset}-{self.weights or 'random'}"
+    def levels(self) -> int:
+        return len(self.sizes.unet.get("block_out_channels", range(4)))
 
     # -- frozen ------------------------------------------------------------------------------------------------------
 
@@ -99,25 +87,16 @@ class SVD(Family):
     def encode(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
         """Latents, the first frame as CLIP sees it (uint8), and frames per second."""
         return {
-            "latents": torch.stack([self._latents(each) for each in frames]).half(),
+            "latents": self.latents(frames),
             "image": as_clip_sees(frames[:, 0], self.sizes.image.size),
             "rate": torch.tensor([float(clip.fps) for clip in clips]),
         }
 
-    def _latents(self, frames: Tensor) -> Tensor:
+    def pixels(self, latents: Tensor) -> Tensor:
+        """A whole clip at once: the decoder mixes frames."""
         vae = self.frozen.vae
-        x = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
-        modes = [vae.encode(chunk.to(vae.device)).latent_dist.mode() for chunk in torch.split(x, FRAMES_A_CALL)]
-        return self.scaling_factor * torch.cat(modes).cpu()
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Whole clips: the decoder mixes frames."""
-        vae, videos = self.frozen.vae, []
-        for each in latents.float() / self.scaling_factor:
-            x = vae.decode(each.to(vae.device), num_frames=len(each)).sample.cpu()
-            videos.append(((x.permute(0, 2, 3, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))
-        return torch.stack(videos)
+        video: Tensor = vae.decode(latents.to(vae.device), num_frames=len(latents)).sample.cpu()
+        return video
 
     @cached_property
     def frozen(self) -> Frozen:
@@ -200,6 +179,9 @@ class SVD(Family):
             torch.cat([x, condition["image"]], dim=2), time, condition["clip"], condition["ids"]
         ).sample
         return answer
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        return edm_weight(t)
 
     # -- weights on disk ---------------------------------------------------------------------------------------------
 

@@ -8,34 +8,22 @@ A checkpoint has it in ldm's names, behind the prefix `first_stage_model.`, whic
     latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor     # images in [-1, 1]
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from cil.checkpoints import check_names
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 GROUPS = 32  # of every normalisation
-SHOWN = 10  # names that a message gives before it only counts
 
 # In ldm a convolution of size 1 x 1, in diffusers a linear layer.
 PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-
-
-def check_names(found: Iterable[str], wanted: Iterable[str], what: str) -> None:
-    """A state dict is all there and nothing else, or a ValueError says what is not as it should be."""
-    found, wanted = set(found), set(wanted)
-    faults = {"missing": sorted(wanted - found), "unknown": sorted(found - wanted)}
-    told = [
-        f"{len(names)} {fault}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
-        for fault, names in faults.items()
-        if names
-    ]
-    if told:
-        raise ValueError(f"{what}: {'; '.join(told)}")
 
 
 @dataclass(frozen=True)

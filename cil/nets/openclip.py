@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from cil.nets.autoencoder import check_names
+from cil.checkpoints import check_names
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection

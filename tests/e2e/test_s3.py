@@ -55,6 +55,13 @@ def test_files_are_written_listed_and_read(endpoint):
     assert storage.read("s3://webvid/a/b.bin") == b"12"
 
 
+def test_files_in_folders_are_put_and_copied_back(endpoint, tmp_path):
+    (tmp_path / "local").write_bytes(b"weights")
+    storage.put(tmp_path / "local", "s3://webvid/weights/unet/model.safetensors")
+    with storage.local_copies("s3://webvid/weights", ["unet/model.safetensors"]) as folder:
+        assert (folder / "unet/model.safetensors").read_bytes() == b"weights"
+
+
 def test_a_cache_and_its_initial_noise_on_s3_are_those_of_a_disk(endpoint, road, smallest, tmp_path):
     """Videos, cache and noise are on S3, and every byte of them is as on a disk."""
     make_shapes(smallest(tmp_path))

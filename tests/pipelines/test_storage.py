@@ -29,6 +29,24 @@ def test_a_failed_write_leaves_what_was_there_and_nothing_else(tmp_path, monkeyp
     assert storage.names(str(tmp_path)) == {"b.bin"}
 
 
+def test_a_file_is_put_whole_or_leaves_what_was_there(tmp_path, monkeypatch):
+    (tmp_path / "local").write_bytes(b"1" * 3_000_000)
+    uri = str(tmp_path / "unet" / "b.bin")
+    storage.put(tmp_path / "local", uri)
+    with storage.local_copies(str(tmp_path), ["unet/b.bin"]) as folder:
+        assert (folder / "unet/b.bin").read_bytes() == b"1" * 3_000_000
+
+    def disk_full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    (tmp_path / "local").write_bytes(b"2")
+    with pytest.raises(OSError, match="No space left"):
+        storage.put(tmp_path / "local", uri)
+    assert storage.names(str(tmp_path / "unet")) == {"b.bin"}
+    assert storage.read(uri) == b"1" * 3_000_000
+
+
 def _write_for_ever(uri: str) -> None:
     while True:
         for byte in (b"a", b"b"):
