@@ -11,6 +11,7 @@ Files are mapped into memory, and a page is read when it is first used. So a fil
 its weights are in use; to put another file in its place, as the writers here do, is safe.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -91,15 +92,18 @@ def read(path: str | Path) -> State:
     return _weights(path, _content(Path(path)))
 
 
-def read_ema(path: str | Path, parameters: Iterable[str] | None = None) -> State:
+def read_ema(path: str | Path, parameters: Iterable[str] | None = None, or_raw: bool = False) -> State:
     """As `read`, with the averaged weights of an SVD-CIL file in the place of its raw ones.
 
-    The file lists averages without names, in the order in which the network that was trained has its parameters: that
-    of the raw weights beside them. `parameters` says which of those are parameters, if not all are.
+    `or_raw`: the raw ones of any other file or folder. The file lists averages without names, in the order in which the
+    network that was trained has its parameters: that of the raw weights beside them. `parameters` says which of those
+    are parameters, if not all are.
     """
     content = _content(Path(path))
     state = _weights(path, content)
     ema = content.get("ema_state")
+    if ema is None and or_raw:
+        return state
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
     if not isinstance(shadow, list | tuple) or not all(isinstance(average, Tensor) for average in shadow):
         raise ValueError(f"{path}: no averaged weights; expected ema_state with shadow_params, as SVD-CIL's files have")
@@ -364,6 +368,25 @@ def check_names(found: Iterable[str], wanted: Iterable[str], what: str) -> None:
     faults = {"missing": sorted(wanted - found), "unknown": sorted(found - wanted)}
     if told := [f"{len(names)} {fault}: {_first(names)}" for fault, names in faults.items() if names]:
         raise ValueError(f"{what}: {'; '.join(told)}")
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """Of names, kinds, shapes and values, whatever file they are from."""
+    whole = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        whole.update(repr((name, str(tensor.dtype), list(tensor.shape))).encode())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()[:16]
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """What is wrong with weights is said with the file that they are from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _resemblance(state: Mapping[str, Tensor], wanted: str | None) -> str:

@@ -36,8 +36,11 @@ class Moments:
         return cls(0, *(torch.zeros(tuple(shape), dtype=torch.float64) for _ in range(3)))
 
     @classmethod
-    def of(cls, batch: Tensor, ids: Sequence[str] | None = None) -> "Moments":
-        """Of a batch [N, ...], by two passes. `ids` name the samples where one of them is refused."""
+    def of(cls, batch: Tensor, ids: Sequence[str] | None = None, std: Tensor | None = None) -> "Moments":
+        """Of a batch [N, ...], by two passes. `ids` name the samples where one of them is refused.
+
+        `std`, where the samples are the means of normals: their deviations, whose squares the variance has on top.
+        """
         if ids is not None and len(ids) != len(batch):
             raise ValueError(f"{len(ids)} ids for {len(batch)} samples")
         if len(batch) == 0:
@@ -52,6 +55,8 @@ class Moments:
             x = x - mean[block]
             rest[block] = x.mean(0)
             m2[block] = x.square_().sum(0) - samples * rest[block] ** 2
+            if std is not None:
+                m2[block] += std.detach().flatten(1)[:, block].to(torch.float64).square_().sum(0)
         if not torch.isfinite(m2).all():
             bad = (~torch.isfinite(flat)).any(1).nonzero().flatten().tolist()
             if not bad:

@@ -49,6 +49,8 @@ class Objective:
     def __call__(self, family: Family, net: nn.Module, batch: Mapping[str, Tensor], draws: Draws) -> Losses:
         process = family.process
         x0 = batch["latents"].float()
+        if "latents_std" in batch:
+            x0 = x0 + batch["latents_std"].float() * draws.normal(*x0.shape[1:])
         # What all kinds of conditioning noise share is drawn first: arms of a study differ in nothing else.
         t = process.draw_times(draws)
         eps = draws.normal(*x0.shape[1:])

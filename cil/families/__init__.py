@@ -1,26 +1,27 @@
 """The models that the pipeline can encode for, fine-tune and sample; everything peculiar to one stands in its file."""
 
 from importlib import import_module
+from typing import Any
 
-from cil.families.base import Family
+from cil.families.base import Family, Options
 
 NAMES = ("toy", "dynamicrafter", "videocrafter1", "svd", "i2vgenxl")
 
 
 def load(
     name: str,
-    frames: int,
-    height: int,
-    width: int,
-    preset: str,
-    weights: str | None = None,
-    tokenizer: str | None = None,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    preset: str = "tiny",
+    **options: Any,
 ) -> Family:
-    """The family of this name, for clips of this size. `weights`: its published checkpoint, a local file."""
+    """The family of this name, for clips of this size or else of the preset's. `options`: see `Options`."""
     if name not in NAMES:
         raise ValueError(f"family {name!r}: one of {', '.join(NAMES)}")
-    family: Family = import_module(f"cil.families.{name}").build(frames, height, width, preset, weights, tokenizer)
+    build = import_module(f"cil.families.{name}").build
+    family: Family = build(preset, frames, height, width, Options(**options))
     return family
 
 
-__all__ = ["NAMES", "Family", "load"]
+__all__ = ["NAMES", "Family", "Options", "load"]

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from cil.conditioning import ConditioningNoise
+from cil.conditioning import ConditioningNoise, TimeNoise
 from cil.draws import Draws
 from cil.processes import Prediction, Process, per_sample
 
@@ -21,6 +22,37 @@ class Clip(NamedTuple):
     caption: str = ""
     fps: float = 24.0  # of the frames taken
     stride: int = 1  # source frames from one to the next
+    seed: int = 0  # of what its encoding draws
+
+
+class Preset(NamedTuple):
+    """What the networks are made of, and the size of clips where nobody names another."""
+
+    networks: Any
+    frames: int
+    height: int
+    width: int
+
+
+Latents = Literal["mode", "sample", "mean_std"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose of a family beside its size. A family refuses what it does not have."""
+
+    weights: str | None = None  # what is published, a file or a folder; without it all is random, to try
+    tokenizer: str | None = None  # a folder with CLIP's vocab.json and merges.txt
+    latents: Latents = "mode"  # of the VAE's posterior: its mode, a sample, or mean and deviation to sample in training
+    clip_features: bool = False  # cached, and not the image that they are made of in each training step
+    token_noise: bool = False  # conditioning noise on the projected CLIP tokens too, where it is not on them anyway
+    precision: Precision = "float32"  # of the frozen networks
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("latents", get_args(Latents)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(allowed)}")
 
 
 class Dropped(NamedTuple):
@@ -39,12 +71,34 @@ class Dropped(NamedTuple):
 class Family(ABC):
     name: str
     modules: tuple[str, ...]  # beside its own, what its functions stand in
+    presets: Mapping[str, Preset]
+    lacks: tuple[str, ...] = ()  # of the options
     process: Process
     prediction: Prediction
+    timenoise: TimeNoise  # in the dose that is advised
     scaling_factor: float  # of the latents: what the VAE's output is multiplied with
-    frames: int
-    height: int  # of the pixels
-    width: int
+    multiple: int  # height and width are multiples of it, in pixels
+
+    def __init__(
+        self, preset: str, frames: int | None, height: int | None, width: int | None, options: Options
+    ) -> None:
+        if preset not in self.presets:
+            raise ValueError(f"preset={preset!r}: the family {self.name} has {', '.join(self.presets)}")
+        for option in fields(Options):
+            if option.name in self.lacks and (value := getattr(options, option.name)) != option.default:
+                raise ValueError(f"{option.name}={value}: the family {self.name} has no such option")
+        sizes = self.presets[preset]
+        self.preset, self.networks, self.options = preset, sizes.networks, options
+        given = (frames, height, width)
+        self.frames, self.height, self.width = (
+            own if wanted is None else wanted for wanted, own in zip(given, sizes[1:], strict=True)
+        )
+
+    def _check_size(self) -> None:
+        size = (self.height, self.width)
+        if self.frames < 1 or min(size) < 1 or any(side % self.multiple for side in size):
+            told = f"{self.frames} x {self.height} x {self.width}"
+            raise ValueError(f"{told}: the family {self.name} takes multiples of {self.multiple} pixels")
 
     # -- what is frozen, and therefore cached ------------------------------------------------------------------------
 
@@ -56,11 +110,20 @@ class Family(ABC):
     @property
     @abstractmethod
     def encoder_identity(self) -> str:
-        """Changes whenever `encode` would give other latents for the same frames."""
+        """Changes whenever what is frozen would give other tensors for the same frames and captions."""
 
     @abstractmethod
-    def encode(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
+    def encode_frames(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
         """uint8 frames [B, T, H, W, 3] -> the cached tensors, among them `latents` [B, T, C, H, W]."""
+
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """What is cached of captions, [B, ...]: once for all clips that have the same."""
+        return {}
+
+    def encode(self, frames: Tensor, clips: Sequence[Clip] = ()) -> dict[str, Tensor]:
+        """All that is cached of clips."""
+        clips = clips or [Clip()] * len(frames)
+        return self.encode_frames(frames, clips) | self.encode_captions([clip.caption for clip in clips])
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -80,7 +143,7 @@ class Family(ABC):
 
     @abstractmethod
     def denoise(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's answer, in the family's kind of prediction."""
+        """The network's answer, in the family's kind of prediction: float32, whatever the network's precision."""
 
     def drop(self, condition: Condition, dropped: Dropped) -> Condition:
         """The condition without what is dropped: zeros, of a condition that is all image."""
@@ -96,5 +159,12 @@ class Family(ABC):
         """A state dict into files of the family's published layout; answers their names."""
 
     @abstractmethod
-    def restore(self, folder: Path) -> dict[str, Tensor]:
-        """The inverse of `export`."""
+    def restore(self, path: Path, averaged: bool = True) -> dict[str, Tensor]:
+        """The network's weights from what `export` wrote or what is published, a file or a folder.
+
+        `averaged`: rather than the raw ones, where a file holds both.
+        """
+
+
+def precision_of(net: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)

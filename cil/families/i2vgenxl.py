@@ -8,7 +8,6 @@ clip, which stays as it is, and so does CLIP's embedding.
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -18,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cil.checkpoints import Mismatch, load_into, read, write_diffusers
+from cil.checkpoints import load_into, naming, read, write_diffusers
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
-from cil.families.base import Clip, Condition, Dropped
-from cil.families.sd_vae import SDVAEFamily, byte_tokenizer, clip_tokenizer
-from cil.nets.openclip import clip_pixels
+from cil.families.base import Clip, Condition, Dropped, Preset, precision_of
+from cil.families.sd_vae import SDVAEFamily, byte_tokenizer, clip_tokenizer, seeded, tokens_of, with_positions
 from cil.processes import per_sample
 
 TEXT_TOKENS = 77
@@ -112,109 +110,101 @@ TINY: Configs = {
 }
 
 
-@dataclass(frozen=True)
-class Frozen:
-    """What only encodes."""
-
-    vae: Any
-    text: Any
-    image: Any
-
-
 class I2VGenXL(SDVAEFamily):
     """From a published pipeline's folder."""
 
     name = "i2vgenxl"
     modules = ("cil.families.sd_vae", "cil.recipes", "cil.nets.openclip")
-    sizes: Configs
-    presets: Mapping[str, Configs] = {"tiny": TINY, "256": PUBLISHED, "704": PUBLISHED}
+    networks: Configs
+    lacks = ("token_noise",)
+    presets: Mapping[str, Preset] = {
+        "tiny": Preset(TINY, 8, 32, 32),
+        "256": Preset(PUBLISHED, 16, 256, 448),
+        "704": Preset(PUBLISHED, 16, 704, 1280),
+    }
 
     @property
     def levels(self) -> int:
-        return len(self.sizes["unet"]["block_out_channels"])
+        return len(self.networks["unet"]["block_out_channels"])
 
     # -- frozen --------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def encode(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
-        """Latents, text tokens, the first frame as CLIP sees it (uint8), and the frames per second."""
-        return {
-            "latents": self.latents(frames),
-            "text": self._text([clip.caption for clip in clips]).half(),
-            "image": as_clip_sees(frames[:, 0], self.image_size),
-            "rate": torch.tensor([max(int(clip.fps), 1) for clip in clips]),
-        }
-
     @property
     def image_size(self) -> int:
-        size: int = self.sizes["image_encoder"]["image_size"]
+        size: int = self.networks["image_encoder"]["image_size"]
         return size
 
+    def as_clip_sees(self, frames: Tensor) -> Tensor:
+        return middle_square(frames, self.image_size)
+
+    def _look(self, tower: Any, pixels: Tensor) -> Tensor:
+        embedding: Tensor = tower(pixel_values=pixels).image_embeds
+        return embedding
+
+    def _rate(self, clip: Clip) -> int:
+        return max(int(clip.fps), 1)
+
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        return {"text": self._text(captions).half().cpu()}
+
+    @torch.no_grad()
     def _text(self, captions: Sequence[str]) -> Tensor:
         """[B, 77, D]: what leaves the last layer but one, normalised as what leaves the last.
 
         So the pipeline has it (clip_skip=1), and the authors.
         """
-        text = self.frozen.text
-        states = text(self.ids(captions).to(text.device), output_hidden_states=True).hidden_states
-        tokens: Tensor = text.final_layer_norm(states[-2])
-        return tokens.cpu()
+        tower = self.frozen["text"]
+        states = tower(self.ids(captions).to(tower.device), output_hidden_states=True).hidden_states
+        tokens: Tensor = tower.final_layer_norm(states[-2])
+        return tokens
 
     @cached_property
     def _empty_caption(self) -> Tensor:
-        with torch.no_grad():
-            return self._text([""])
+        return self._text([""])
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """As the pipeline has them: cut to 77 with the end kept, padded with what the tokenizer says."""
-        told = {"padding": "max_length", "truncation": True, "max_length": TEXT_TOKENS, "return_tensors": "pt"}
-        ids: Tensor = self.tokenizer(list(captions), **told).input_ids
+        told = {"padding": "max_length", "return_tensors": "pt"}
+        ids: Tensor = tokens_of(self.tokenizer, captions, TEXT_TOKENS, **told)
         return ids
 
     @cached_property
     def tokenizer(self) -> Any:
         if self.preset == "tiny":
             return byte_tokenizer()
-        return clip_tokenizer(self.vocabulary or (self.weights and str(Path(self.weights, "tokenizer"))))
+        return clip_tokenizer(self.vocabulary)
 
-    @cached_property
-    def frozen(self) -> Frozen:
-        models = [self._model(part, seed=0) for part in ("vae", "text_encoder", "image_encoder")]
-        for model in models:
-            model.requires_grad_(False).eval()
-        return Frozen(*models)
+    @property
+    def vocabulary(self) -> str | None:
+        weights = self.options.weights
+        return self.options.tokenizer or (weights and str(Path(weights, "tokenizer")))
+
+    def _frozen(self) -> dict[str, Any]:
+        parts = {"vae": "vae", "text": "text_encoder", "image": "image_encoder"}
+        return {name: self._model(part, seed=0) for name, part in parts.items()}
 
     # -- parts of a pipeline -------------------------------------------------------------------------------------------
 
     def _model(self, part: str, seed: int) -> Any:
         """The published weights, or random ones that are a function of the seed."""
         config = self._config(part)
-        if self.weights is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                return _built(part, config)
+        if self.options.weights is None:
+            return seeded(seed, lambda: _built(part, config))
         with torch.device("meta"):
-            model = _built(part, config)
-        for module in model.modules():  # in no file: the positions that transformers counts up
-            if "position_ids" in module._buffers:
-                module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-        folder = Path(self.weights, part)
-        try:
-            # Files may be of half precision; training needs the whole one.
-            load_into(model, _by_library_names(part, read(folder)), dtype=torch.float32, wanted=self._wanted(part))
-        except Mismatch as error:
-            raise ValueError(f"{folder}: {error}") from None
+            model = with_positions(_built(part, config))
+        folder = Path(self.options.weights, part)
+        with naming(folder):
+            # Files may be of half precision.
+            state = _by_library_names(part, read(folder))
+            load_into(model, state, dtype=torch.float32, wanted=f"the {part} of {self.name}")
         return model
-
-    def _wanted(self, part: str) -> str:
-        return self.name if part == "unet" else f"the {part} of {self.name}"
 
     def _config(self, part: str) -> dict[str, Any]:
         """The file's, which is that of the preset in all that matters here."""
-        needed = dict(self.sizes[part])
-        if self.weights is None:
+        needed = dict(self.networks[part])
+        if self.options.weights is None:
             return needed
-        folder = Path(self.weights)
+        folder = Path(self.options.weights)
         lacking = [each for each in CLASSES if not (folder / each / "config.json").is_file()]
         if lacking:
             what = f"no {', '.join(f'{each}/config.json' for each in lacking)}" if folder.is_dir() else "no folder"
@@ -241,9 +231,9 @@ class I2VGenXL(SDVAEFamily):
 
     # -- the denoiser --------------------------------------------------------------------------------------------------
 
-    def network(self, seed: int) -> nn.Module:
+    def _fresh(self) -> nn.Module:
         """Without the UNet's dropout: the draws of a training step are those of its samples, and no others."""
-        unet: nn.Module = self._model("unet", seed)
+        unet: nn.Module = _built("unet", self._config("unet"))
         for module in unet.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -252,11 +242,8 @@ class I2VGenXL(SDVAEFamily):
     def condition(
         self, batch: Mapping[str, Tensor], noise: ConditioningNoise, u: Tensor, draws: Draws | None
     ) -> tuple[Condition, Tensor]:
-        with torch.no_grad():
-            tower = self.frozen.image.to(batch["image"].device)
-            clip = tower(pixel_values=clip_pixels(batch["image"], self.image_size)).image_embeds
         first, level = noise(batch["latents"][:, 0].float(), u, draws)
-        told = {"text": batch["text"].float(), "clip": clip, "fps": batch["rate"]}
+        told = {"text": batch["text"].float(), "clip": self.clip(batch), "fps": batch["rate"]}
         return {**told, "image": self._with_positions(first)}, level
 
     def _with_positions(self, first: Tensor) -> Tensor:
@@ -277,16 +264,17 @@ class I2VGenXL(SDVAEFamily):
 
     def denoise(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The UNet has channels before frames."""
+        kind = precision_of(net)
         answer: Tensor = net(
-            x_t.transpose(1, 2),
+            x_t.transpose(1, 2).to(kind),
             t,
             fps=condition["fps"],
-            image_latents=condition["image"].transpose(1, 2),
-            image_embeddings=condition["clip"],
-            encoder_hidden_states=condition["text"],
+            image_latents=condition["image"].transpose(1, 2).to(kind),
+            image_embeddings=condition["clip"].to(kind),
+            encoder_hidden_states=condition["text"].to(kind),
             return_dict=False,
         )[0]
-        return answer.transpose(1, 2)
+        return answer.transpose(1, 2).float()
 
     # -- weights on disk -----------------------------------------------------------------------------------------------
 
@@ -297,11 +285,13 @@ class I2VGenXL(SDVAEFamily):
         write_diffusers(folder / "unet", state, config)
         return sorted(f"unet/{file.name}" for file in (folder / "unet").iterdir())
 
-    def restore(self, folder: Path) -> dict[str, Tensor]:
-        return read(folder / "unet")
+    def restore(self, path: Path, averaged: bool = True) -> dict[str, Tensor]:
+        """Of a pipeline's folder, or of its UNet's, which hold one kind of weights."""
+        path = path / "unet" if (path / "unet").is_dir() else path
+        return self._checked(path, read(path))
 
 
-def as_clip_sees(frames: Tensor, size: int) -> Tensor:
+def middle_square(frames: Tensor, size: int) -> Tensor:
     """uint8 [B, H, W, 3] -> uint8 [B, size, size, 3]: the square in the middle, resized bilinearly with antialiasing.
 
     The pipeline crops the same square, but scales it up to the clip's width in between. Frames of the right size are

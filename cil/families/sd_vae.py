@@ -2,47 +2,42 @@
 and back.
 """
 
+import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cil.families.base import Family
+from cil.checkpoints import State, compare, digest, load_into, naming
+from cil.draws import Draws
+from cil.families.base import Clip, Family, Options
+from cil.nets.openclip import clip_pixels
 from cil.recipes import recipe
 
 FRAMES_A_CALL = 4  # of the VAE: calls of one shape, and memory that does not grow with the clip
 FACTOR = 8  # pixels to a latent, in height and width
+VOCABULARIES = (("vocab.json", "merges.txt"), ("tokenizer.json",))  # either
+
+T = TypeVar("T")
 
 
 class SDVAEFamily(Family):
-    """`weights`: what is published, a file or a folder; without it everything is random, which is for trying."""
+    """Frozen: the VAE, CLIP's image tower, and a text tower where there is text."""
 
     scaling_factor = 0.18215
-    presets: Mapping[str, Any]
-    frozen: Any  # with .vae, made when it is first asked for
 
     def __init__(
-        self,
-        frames: int,
-        height: int,
-        width: int,
-        preset: str,
-        weights: str | None = None,
-        tokenizer: str | None = None,
+        self, preset: str, frames: int | None, height: int | None, width: int | None, options: Options
     ) -> None:
-        if preset not in self.presets:
-            raise ValueError(f"preset={preset!r}: the family {self.name} has {', '.join(self.presets)}")
-        self.sizes = self.presets[preset]
-        multiple = FACTOR * 2 ** (self.levels - 1)
-        if frames < 1 or min(height, width) < multiple or height % multiple or width % multiple:
-            raise ValueError(f"{frames} x {height} x {width}: the family {self.name} takes multiples of {multiple}")
-        self.frames, self.height, self.width, self.preset = frames, height, width, preset
-        self.weights, self.vocabulary = weights, tokenizer
+        super().__init__(preset, frames, height, width, options)
+        self.multiple = FACTOR * 2 ** (self.levels - 1)
+        self._check_size()
         told = recipe(self.name)
-        self.process, self.prediction = told.process, told.prediction
+        self.process, self.prediction, self.timenoise = told.process, told.prediction, told.noise
 
     @property
     @abstractmethod
@@ -50,31 +45,140 @@ class SDVAEFamily(Family):
         """Of the UNet, each of half the height and width of the one before."""
 
     @property
+    @abstractmethod
+    def image_size(self) -> int:
+        """Of what the image tower sees, in pixels."""
+
+    @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         return self.frames, 4, self.height // FACTOR, self.width // FACTOR
 
-    @property
-    def encoder_identity(self) -> str:
-        return f"{self.name}-{self.preset}-{self.weights or 'random'}"
+    # -- frozen --------------------------------------------------------------------------------------------------------
 
-    def latents(self, frames: Tensor) -> Tensor:
-        """uint8 [B, T, H, W, 3] -> fp16 [B, T, 4, h, w]: the posterior's mode, clip by clip."""
-        vae = self.frozen.vae
-        clips = []
-        for pixels in frames.permute(0, 1, 4, 2, 3):
-            chunks = torch.split(pixels.float() / 127.5 - 1, FRAMES_A_CALL)
-            clips.append(torch.cat([vae.encode(chunk.to(vae.device)).latent_dist.mode() for chunk in chunks]).cpu())
-        return (self.scaling_factor * torch.stack(clips)).half()
+    @abstractmethod
+    def _frozen(self) -> dict[str, Any]:
+        """`vae`, `image` and perhaps `text`: the published models, or random ones."""
+
+    @cached_property
+    def frozen(self) -> Mapping[str, Any]:
+        models = self._frozen()
+        for name, model in models.items():
+            model.requires_grad_(False).eval().to(self._precision(name))
+        return models
+
+    def _precision(self, model: str) -> torch.dtype:
+        kind: torch.dtype = getattr(torch, self.options.precision)
+        return kind
+
+    @cached_property
+    def encoder_identity(self) -> str:
+        """Of what the frozen models hold, wherever their files lie."""
+        if self.options.weights is None:
+            return f"{self.name}-{self.preset}-random"
+        held = {f"{model}.{name}": t for model, part in self.frozen.items() for name, t in part.state_dict().items()}
+        words = hashlib.sha256()
+        for name in sorted({name for kind in VOCABULARIES for name in kind}) if self.vocabulary else ():
+            file = Path(self.vocabulary or "", name)
+            words.update(name.encode() + file.read_bytes() if file.is_file() else b"")
+        return f"{self.name}-{self.preset}-{digest(held)}-{words.hexdigest()[:8]}"
+
+    @property
+    def vocabulary(self) -> str | None:
+        """A folder."""
+        return self.options.tokenizer
+
+    @torch.no_grad()
+    def encode_frames(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
+        """Latents, the clip's speed, and the first frame: as CLIP's tower sees it, or what the tower says of it."""
+        image = self.as_clip_sees(frames[:, 0])
+        seen = {"clip": self._clip(image).half().cpu()} if self.options.clip_features else {"image": image}
+        return {**self._latents(frames, clips), **seen, "rate": torch.tensor([self._rate(clip) for clip in clips])}
+
+    @abstractmethod
+    def as_clip_sees(self, frames: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> uint8 [B, size, size, 3], on the CPU."""
+
+    @abstractmethod
+    def _look(self, tower: Any, pixels: Tensor) -> Tensor:
+        """What the network is told of CLIP's answer to pixels [B, 3, size, size]."""
+
+    @abstractmethod
+    def _rate(self, clip: Clip) -> float:
+        """What the network is told of a clip's speed."""
+
+    def clip(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Float32, cached or made in this step."""
+        if "clip" in batch:
+            return batch["clip"].float()
+        with torch.no_grad():
+            return self._clip(batch["image"]).float()
+
+    def _clip(self, image: Tensor) -> Tensor:
+        tower = self.frozen["image"].to(image.device)
+        return self._look(tower, clip_pixels(image, self.image_size).to(tower.dtype))
+
+    def _latents(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
+        """uint8 [B, T, H, W, 3] -> fp16 [B, T, 4, h, w], clip by clip."""
+        vae = self.frozen["vae"]
+        means, stds = [], []
+        for clip in frames.permute(0, 1, 4, 2, 3):
+            chunks = [chunk.to(vae.device).float() / 127.5 - 1 for chunk in torch.split(clip, FRAMES_A_CALL)]
+            posteriors = [vae.encode(chunk.to(vae.dtype)).latent_dist for chunk in chunks]
+            means.append(torch.cat([posterior.mean for posterior in posteriors]).float().cpu())
+            stds.append(torch.cat([posterior.std for posterior in posteriors]).float().cpu())
+        mean, std = (self.scaling_factor * torch.stack(parts) for parts in (means, stds))
+        if self.options.latents == "mean_std":
+            return {"latents": mean.half(), "latents_std": std.half()}
+        if self.options.latents == "sample":
+            mean = mean + std * Draws([(clip.seed,) for clip in clips]).normal(*mean.shape[1:])
+        return {"latents": mean.half()}
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        clips = torch.stack([self.pixels(clip) for clip in latents.float() / self.scaling_factor])
+        clips = torch.stack([self._pixels(self.frozen["vae"], clip) for clip in latents.float() / self.scaling_factor])
         return ((clips.permute(0, 1, 3, 4, 2) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-    def pixels(self, latents: Tensor) -> Tensor:
+    def _pixels(self, vae: Any, latents: Tensor) -> Tensor:
         """One clip's unscaled latents [T, 4, h, w] -> [T, 3, H, W] in -1..1, on the CPU."""
-        vae = self.frozen.vae
-        return torch.cat([vae.decode(part.to(vae.device)).sample.cpu() for part in torch.split(latents, FRAMES_A_CALL)])
+        parts = (part.to(vae.device, vae.dtype) for part in torch.split(latents, FRAMES_A_CALL))
+        return torch.cat([vae.decode(part).sample.float().cpu() for part in parts])
+
+    # -- the network ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _fresh(self) -> nn.Module:
+        """With random weights."""
+
+    def network(self, seed: int) -> nn.Module:
+        """The published weights, or random ones that are a function of the seed; float32, which training needs."""
+        if self.options.weights is None:
+            return seeded(seed, self._fresh)
+        with torch.device("meta"):
+            net = self._fresh()
+        load_into(net, self.restore(Path(self.options.weights)), dtype=torch.float32, wanted=self.name)
+        return net
+
+    def _checked(self, path: Path, state: State) -> State:
+        """What was read from `path`, if it is the network's."""
+        with torch.device("meta"):
+            net = self._fresh()
+        with naming(path):
+            compare(net.state_dict(), state, self.name)
+        return state
+
+
+def seeded(seed: int, make: Callable[[], T]) -> T:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def with_positions(model: Any) -> Any:
+    """What no file holds of a CLIP model that was made on the meta device: the positions, which are counted up."""
+    for module in model.modules():
+        if "position_ids" in module._buffers:
+            module.position_ids = torch.arange(module.position_ids.shape[-1], device="cpu")[None]
+    return model
 
 
 def clip_tokenizer(folder: str | None) -> Any:
@@ -85,7 +189,15 @@ def clip_tokenizer(folder: str | None) -> Any:
         raise ValueError("tokenizer=None: a folder with CLIP's vocab.json and merges.txt")
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no folder; expected one with CLIP's vocab.json and merges.txt")
+    if not any(all(Path(folder, name).is_file() for name in kind) for kind in VOCABULARIES):
+        raise ValueError(f"{folder}: no vocabulary; expected CLIP's vocab.json and merges.txt, or its tokenizer.json")
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def tokens_of(tokenizer: Any, captions: Sequence[str], length: int, **how: Any) -> Any:
+    """Cut to `length` with the end kept. What no encoding has, such as half of a surrogate pair, becomes `?`."""
+    clean = [caption.encode("utf-8", "replace").decode() for caption in captions]
+    return tokenizer(clean, truncation=True, max_length=length, **how).input_ids
 
 
 def byte_tokenizer() -> Any:

@@ -4,22 +4,21 @@ Conditioning noise is put on that latent, and its level is told to the network w
 augmented. diffusers has the networks; `weights` is a folder as diffusers keeps the pipeline.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cil.checkpoints import load_into, read, write_diffusers
+from cil.checkpoints import load_into, naming, read, read_ema, write_diffusers
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
-from cil.families.base import Clip, Condition, Dropped
-from cil.families.lvdm import as_clip_sees
-from cil.families.sd_vae import SDVAEFamily
-from cil.nets.openclip import ImageTower, clip_pixels
+from cil.families.base import Clip, Condition, Dropped, Preset, precision_of
+from cil.families.lvdm import stretched
+from cil.families.sd_vae import SDVAEFamily, seeded, with_positions
+from cil.nets.openclip import ImageTower
 from cil.objectives import edm_weight
 from cil.processes import per_sample
 
@@ -52,121 +51,90 @@ TINY = Sizes(
 PUBLISHED = Sizes({}, (128, 256, 512, 512), 2, ImageTower())
 
 
-@dataclass(frozen=True)
-class Frozen:
-    vae: Any
-    image: Any
-
-
 class SVD(SDVAEFamily):
     name = "svd"
     modules = ("cil.families.lvdm", "cil.families.sd_vae", "cil.recipes", "cil.nets.openclip")
-    sizes: Sizes
-    presets: Mapping[str, Sizes] = {"tiny": TINY, "512": PUBLISHED, "1024": PUBLISHED}
-
-    def __init__(
-        self,
-        frames: int,
-        height: int,
-        width: int,
-        preset: str,
-        weights: str | None = None,
-        tokenizer: str | None = None,
-    ) -> None:
-        if tokenizer:
-            raise ValueError("tokenizer: the family svd takes no text")
-        super().__init__(frames, height, width, preset, weights)
+    networks: Sizes
+    lacks = ("tokenizer", "token_noise")
+    presets: Mapping[str, Preset] = {
+        "tiny": Preset(TINY, 8, 32, 32),
+        "512": Preset(PUBLISHED, 16, 320, 512),
+        "1024": Preset(PUBLISHED, 14, 576, 1024),
+    }
 
     @property
     def levels(self) -> int:
-        return len(self.sizes.unet.get("block_out_channels", range(4)))
+        return len(self.networks.unet.get("block_out_channels", range(4)))
 
     # -- frozen ------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def encode(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
-        """Latents, the first frame as CLIP sees it (uint8), and frames per second."""
-        return {
-            "latents": self.latents(frames),
-            "image": as_clip_sees(frames[:, 0], self.sizes.image.size),
-            "rate": torch.tensor([float(clip.fps) for clip in clips]),
-        }
+    @property
+    def image_size(self) -> int:
+        return self.networks.image.size
 
-    def pixels(self, latents: Tensor) -> Tensor:
+    def as_clip_sees(self, frames: Tensor) -> Tensor:
+        return stretched(frames, self.image_size)
+
+    def _look(self, tower: Any, pixels: Tensor) -> Tensor:
+        embedding: Tensor = tower(pixel_values=pixels).image_embeds
+        return embedding
+
+    def _rate(self, clip: Clip) -> float:
+        return float(clip.fps)
+
+    def _precision(self, model: str) -> torch.dtype:
+        """Its decoder leaves the range of float16."""
+        kind = super()._precision(model)
+        return torch.float32 if model == "vae" and kind == torch.float16 else kind
+
+    def _pixels(self, vae: Any, latents: Tensor) -> Tensor:
         """A whole clip at once: the decoder mixes frames."""
-        vae = self.frozen.vae
-        video: Tensor = vae.decode(latents.to(vae.device), num_frames=len(latents)).sample.cpu()
-        return video
+        video: Tensor = vae.decode(latents.to(vae.device, vae.dtype), num_frames=len(latents)).sample
+        return video.float().cpu()
 
-    @cached_property
-    def frozen(self) -> Frozen:
-        if self.weights is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                vae, image = self._vae(), self.sizes.image.build()
-        else:
-            with torch.device("meta"):
-                vae, image = self._vae(), self.sizes.image.build()
-            embeddings: Any = image.vision_model.embeddings
-            embeddings.position_ids = torch.arange(embeddings.position_ids.shape[-1])[None]  # in no file
-            self._fill(vae, "vae")
-            self._fill(image, "image_encoder")
-        for model in (vae, image):
-            model.requires_grad_(False).eval()
-        return Frozen(vae, image)
+    def _frozen(self) -> dict[str, Any]:
+        if self.options.weights is None:
+            return seeded(0, self._models)
+        with torch.device("meta"):
+            models = self._models()
+        for part, model in zip(("vae", "image_encoder"), models.values(), strict=True):
+            folder = Path(self.options.weights, part)
+            if not folder.is_dir():
+                raise ValueError(
+                    f"{self.options.weights}: no folder {part} in it; expected a diffusers pipeline of SVD"
+                )
+            with naming(folder):
+                load_into(with_positions(model), read(folder), dtype=torch.float32, wanted=f"svd's {part}")
+        return models
 
-    def _vae(self) -> Any:
+    def _models(self) -> dict[str, Any]:
         from diffusers import AutoencoderKLTemporalDecoder
 
-        channels = self.sizes.vae_channels
+        channels = self.networks.vae_channels
         untyped: Any = AutoencoderKLTemporalDecoder
-        return untyped(
+        vae = untyped(
             down_block_types=("DownEncoderBlock2D",) * len(channels),
             block_out_channels=channels,
-            layers_per_block=self.sizes.vae_blocks,
+            layers_per_block=self.networks.vae_blocks,
         )
-
-    def _fill(self, model: Any, part: str) -> None:
-        assert self.weights is not None
-        folder = Path(self.weights, part)
-        try:
-            load_into(model, read(folder), wanted=f"svd's {part}")
-        except FileNotFoundError:
-            raise ValueError(f"{folder}: there is no such folder; weights is a diffusers pipeline of SVD") from None
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
+        return {"vae": vae, "image": self.networks.image.build()}
 
     # -- the denoiser ------------------------------------------------------------------------------------------------
 
-    def _unet(self) -> Any:
+    def _fresh(self) -> Any:
         from diffusers import UNetSpatioTemporalConditionModel
 
         untyped: Any = UNetSpatioTemporalConditionModel
-        return untyped(**self.sizes.unet, num_frames=self.frames)
-
-    def network(self, seed: int) -> nn.Module:
-        """The published weights, or random ones that are a function of the seed."""
-        if self.weights is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                fresh: nn.Module = self._unet()
-                return fresh
-        with torch.device("meta"):
-            net: nn.Module = self._unet()
-        self._fill(net, "unet")
-        return net
+        return untyped(**self.networks.unet, num_frames=self.frames)
 
     def condition(
         self, batch: Mapping[str, Tensor], noise: ConditioningNoise, u: Tensor, draws: Draws | None
     ) -> tuple[Condition, Tensor]:
         first = batch["latents"][:, 0].float() / self.scaling_factor
         image, level = noise(first, u, draws, frames=self.frames)
-        pixels = clip_pixels(batch["image"], self.sizes.image.size)
-        with torch.no_grad():
-            clip = self.frozen.image.to(pixels.device)(pixel_values=pixels).image_embeds[:, None]
         # SVD counts frames per second from 0.
         ids = torch.stack([batch["rate"] - 1, torch.full_like(level, MOTION_BUCKET), level], dim=1)
-        return {"image": image, "clip": clip, "ids": ids}, level
+        return {"image": image, "clip": self.clip(batch)[:, None], "ids": ids}, level
 
     def drop(self, condition: Condition, dropped: Dropped) -> Condition:
         """The image latent and CLIP's token together."""
@@ -174,11 +142,11 @@ class SVD(SDVAEFamily):
         return {**condition, **kept}
 
     def denoise(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        kind = precision_of(net)
         x, time = self.process.network_input(x_t, t)
-        answer: Tensor = net(
-            torch.cat([x, condition["image"]], dim=2), time, condition["clip"], condition["ids"]
-        ).sample
-        return answer
+        x = torch.cat([x, condition["image"]], dim=2).to(kind)
+        answer: Tensor = net(x, time, condition["clip"].to(kind), condition["ids"], return_dict=False)[0]
+        return answer.float()
 
     def loss_weight(self, t: Tensor) -> Tensor:
         return edm_weight(t)
@@ -188,12 +156,15 @@ class SVD(SDVAEFamily):
     def export(self, state: Mapping[str, Tensor], folder: Path) -> list[str]:
         """diffusers' folder of the UNet; `cil.checkpoints.write_svd_cil` writes the authors' form."""
         with torch.device("meta"):
-            config = {name: value for name, value in self._unet().config.items() if not name.startswith("_use_")}
+            config = {name: value for name, value in self._fresh().config.items() if not name.startswith("_use_")}
         write_diffusers(folder / "unet", state, {"_class_name": "UNetSpatioTemporalConditionModel", **config})
         return sorted(f"unet/{file.name}" for file in (folder / "unet").iterdir())
 
-    def restore(self, folder: Path) -> dict[str, Tensor]:
-        return read(folder / "unet")
+    def restore(self, path: Path, averaged: bool = True) -> dict[str, Tensor]:
+        """Of a pipeline's folder, of its UNet's, or of a `.ckpt` of the authors' fine-tuning."""
+        if path.is_dir():
+            path = path / "unet" if (path / "unet").is_dir() else path
+        return self._checked(path, read_ema(path, or_raw=True) if averaged else read(path))
 
 
 build = SVD

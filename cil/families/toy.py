@@ -13,16 +13,15 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from cil.checkpoints import read, write_safetensors
-from cil.conditioning import ConditioningNoise
+from cil.conditioning import ConditioningNoise, TimeNoise
 from cil.draws import Draws
-from cil.families.base import Clip, Condition, Family
+from cil.families.base import Clip, Condition, Family, Options, Preset
 from cil.nets.toy import ToyNet
 from cil.processes import VP, Prediction
 
 FILE = "toy.safetensors"
 BLOCK = 4
 FREQUENCIES = ((0, 0), (0, 1), (1, 0), (1, 1))
-PRESETS = {"tiny": (8, 16), "small": (28, 56)}  # channels of the two levels
 
 
 class Toy(Family):
@@ -30,14 +29,20 @@ class Toy(Family):
     modules = ("cil.nets.toy",)
     prediction: Prediction = "x0"
     scaling_factor = 1.0
+    multiple = 2 * BLOCK
+    timenoise = TimeNoise(1.0, 5.0)
+    lacks = tuple(vars(Options()))
+    presets = {  # noqa: RUF012
+        "tiny": Preset((8, 16), 8, 32, 32),  # channels of the two levels
+        "small": Preset((28, 56), 8, 32, 32),
+    }
 
-    def __init__(self, frames: int, height: int, width: int, preset: str) -> None:
-        if preset not in PRESETS:
-            raise ValueError(f"preset {preset!r}: the family toy has {', '.join(PRESETS)}")
-        if frames < 1 or min(height, width) < 1 or height % (2 * BLOCK) or width % (2 * BLOCK):
-            raise ValueError(f"{frames} x {height} x {width}: the family toy takes multiples of {2 * BLOCK} pixels")
+    def __init__(
+        self, preset: str, frames: int | None, height: int | None, width: int | None, options: Options
+    ) -> None:
+        super().__init__(preset, frames, height, width, options)
+        self._check_size()
         self.process = VP()
-        self.frames, self.height, self.width, self.preset = frames, height, width, preset
         i = torch.arange(BLOCK, dtype=torch.float64)
         wave = torch.cos(torch.pi * (i + 0.5) * i[:2, None] / BLOCK) * (2 / BLOCK) ** 0.5
         wave[0] /= 2**0.5
@@ -52,7 +57,7 @@ class Toy(Family):
     def encoder_identity(self) -> str:
         return f"toy-dct{BLOCK}-scale{self.scaling_factor}"
 
-    def encode(self, frames: Tensor, clips: Sequence[Clip] = ()) -> dict[str, Tensor]:
+    def encode_frames(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
         grey = frames.float().mean(-1) / 127.5 - 1
         blocks = rearrange(grey, "b t (h p) (w q) -> b t h w p q", p=BLOCK, q=BLOCK)
         latents = torch.einsum("b t h w p q, c p q -> b t c h w", blocks, self.basis.to(frames.device))
@@ -68,7 +73,7 @@ class Toy(Family):
     def network(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return ToyNet(len(FREQUENCIES), *PRESETS[self.preset])
+            return ToyNet(len(FREQUENCIES), *self.networks)
 
     def condition(
         self, batch: Mapping[str, Tensor], noise: ConditioningNoise, u: Tensor, draws: Draws | None
@@ -89,11 +94,8 @@ class Toy(Family):
         write_safetensors(folder / FILE, state)
         return [FILE]
 
-    def restore(self, folder: Path) -> dict[str, Tensor]:
-        return read(folder / FILE)
+    def restore(self, path: Path, averaged: bool = True) -> dict[str, Tensor]:
+        return read(path / FILE if path.is_dir() else path)
 
 
-def build(frames: int, height: int, width: int, preset: str, weights: str | None, tokenizer: str | None) -> Toy:
-    if weights or tokenizer:
-        raise ValueError("weights and tokenizer: the family toy has none that are published")
-    return Toy(frames, height, width, preset)
+build = Toy

@@ -44,6 +44,8 @@ class Attention(nn.Module):
             self.to_k_ip = nn.Linear(source, inner, bias=False)
             self.to_v_ip = nn.Linear(source, inner, bias=False)
         self.image = image
+        self.alpha: Tensor | None
+        self.register_parameter("alpha", None)  # how much the image counts, where that is learned
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         source = x if context is None else context
@@ -53,7 +55,8 @@ class Attention(nn.Module):
         if self.image:
             tokens = source[:, TEXT_TOKENS:]
             k, v = self._heads(self.to_k_ip(tokens)), self._heads(self.to_v_ip(tokens))
-            attended = attended + F.scaled_dot_product_attention(q, k, v)
+            seen = F.scaled_dot_product_attention(q, k, v)
+            attended = attended + (seen if self.alpha is None else seen * (self.alpha.tanh() + 1))
         answer: Tensor = self.to_out(rearrange(attended, "n g l d -> n l (g d)"))
         return answer
 
@@ -240,6 +243,7 @@ class LVDMUNet(nn.Module):
         dropout: float = 0.0,
         tokens_per_frame: int | None = None,
         default_fps: int = 16,
+        learned_image_scale: bool = False,
     ) -> None:
         super().__init__()
         self.model_channels, self.tokens_per_frame, self.default_fps = model_channels, tokens_per_frame, default_fps
@@ -286,6 +290,9 @@ class LVDMUNet(nn.Module):
                 self.output_blocks.append(Stage(*layers))
         last = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.out = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), last)
+        if learned_image_scale:  # as in DynamiCrafter's for 256x256
+            for attention in (module for module in self.modules() if isinstance(module, Attention) and module.image):
+                attention.alpha = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, fps: Tensor | None = None) -> Tensor:
         frames = x.shape[1]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from cil import CleanCondition, ConstantNoise, Draws, Objective, TimeNoise, guided, sample
 from cil.checkpoints import read, write_safetensors
-from cil.families.base import Clip, Dropped
-from cil.families.i2vgenxl import CLASSES, PUBLISHED, TINY, I2VGenXL, _built, as_clip_sees
+from cil.families import load
+from cil.families.base import Clip, Dropped, Options
+from cil.families.i2vgenxl import CLASSES, PUBLISHED, TINY, I2VGenXL, _built, middle_square
 from cil.initial_noise import InitialNoise
 from cil.recipes import recipe
 
@@ -27,7 +28,7 @@ def frames(batch: int = 2, seed: int = 0, height: int = 32, width: int = 48) -> 
 
 
 def tiny(weights: Path | None = None) -> I2VGenXL:
-    return I2VGenXL(4, 32, 48, "tiny", weights and str(weights))
+    return I2VGenXL("tiny", 4, 32, 48, Options(weights=weights and str(weights)))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def published(family, tmp_path_factory) -> Path:
     """A pipeline's folder, as the libraries themselves save it."""
     folder = tmp_path_factory.mktemp("i2vgen-xl")
     frozen = family.frozen
-    models = {"vae": frozen.vae, "text_encoder": frozen.text, "image_encoder": frozen.image}
+    models = {"vae": frozen["vae"], "text_encoder": frozen["text"], "image_encoder": frozen["image"]}
     for part, model in ({"unet": family.network(3)} | models).items():
         model.save_pretrained(folder / part)
     family.tokenizer.save_pretrained(folder / "tokenizer")
@@ -96,8 +97,8 @@ def test_ids_are_cut_with_their_end_kept_and_padded_as_the_tokenizer_says(family
 def test_clip_sees_the_square_in_the_middle(family):
     image = torch.zeros(1, 28, 48, 3, dtype=torch.uint8)
     image[:, :, 10:38] = torch.arange(28 * 28 * 3).reshape(28, 28, 3) % 256
-    assert torch.equal(as_clip_sees(image, 28), image[:, :, 10:38])
-    assert torch.equal(as_clip_sees(image.transpose(1, 2), 28), image[:, :, 10:38].transpose(1, 2))
+    assert torch.equal(middle_square(image, 28), image[:, :, 10:38])
+    assert torch.equal(middle_square(image.transpose(1, 2), 28), image[:, :, 10:38].transpose(1, 2))
 
 
 def test_frames_come_back_from_the_vae_in_their_shape_and_type(family, batch):
@@ -152,7 +153,7 @@ def test_what_the_unet_concatenates_and_what_it_makes_tokens_of_is_the_same_nois
 
 
 def test_one_frame_has_no_positions(batch):
-    alone = I2VGenXL(1, 32, 48, "tiny")
+    alone = I2VGenXL("tiny", 1, 32, 48, Options())
     condition = clean(alone, {**batch, "latents": batch["latents"][:, :1]})
     assert condition["image"].shape == (2, 1, 4, 4, 6)
     assert answer(alone, alone.network(0), condition).shape == (2, 1, 4, 4, 6)
@@ -305,7 +306,7 @@ def test_the_square_is_the_pipelines_within_its_detour(height, width):
 
     (image,) = frames(1, height=height, width=width)[:, 0]
     theirs = _resize_bilinear(_center_crop_wide(Image.fromarray(image.numpy()), (width, width)), (56, 56))
-    ours = as_clip_sees(image[None], 56)[0].int()
+    ours = middle_square(image[None], 56)[0].int()
     # A picture of slopes; scaling up first moves it by less than a pixel.
     assert (ours - torch.from_numpy(np.array(theirs)).int()).abs().float().mean() < 2
 
@@ -451,7 +452,7 @@ def test_a_folder_that_is_none_of_this_family_is_refused_by_what_it_is(copied, t
     with pytest.raises(
         ValueError, match=r"not of the preset 704 of i2vgenxl: block_out_channels \[32, 64\], not \[320,"
     ):
-        I2VGenXL(16, 704, 1280, "704", str(copied)).network(0)
+        I2VGenXL("704", 16, 704, 1280, Options(weights=str(copied))).network(0)
     file = copied / "unet" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"attention_head_dim": 16}))  # fits no other way than by its figures
@@ -493,11 +494,11 @@ def test_the_published_sizes_are_the_libraries_and_the_towers_openclips(publishe
 
 
 def test_the_published_tokenizer_is_that_of_the_folder_unless_another_is_named(published, tmp_path):
-    published_size = I2VGenXL(16, 256, 448, "256", str(published))
+    published_size = I2VGenXL("256", 16, 256, 448, Options(weights=str(published)))
     assert published_size.ids(["a dog"]).tolist() == tiny().ids(["a dog"]).tolist()
     for family, said in (
-        (I2VGenXL(16, 256, 448, "256"), "tokenizer=None"),
-        (I2VGenXL(16, 256, 448, "256", tokenizer=str(tmp_path / "none")), "none: no folder"),
+        (I2VGenXL("256", 16, 256, 448, Options()), "tokenizer=None"),
+        (I2VGenXL("256", 16, 256, 448, Options(tokenizer=str(tmp_path / "none"))), "none: no folder"),
     ):
         with pytest.raises(ValueError, match=said):
             family.ids(["a dog"])
@@ -514,4 +515,4 @@ def test_the_published_tokenizer_is_that_of_the_folder_unless_another_is_named(p
 )
 def test_what_the_family_cannot_be_is_refused(arguments, said):
     with pytest.raises(ValueError, match=said):
-        I2VGenXL(*arguments)
+        load("i2vgenxl", *arguments)

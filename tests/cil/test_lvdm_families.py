@@ -8,7 +8,7 @@ from cil import CleanCondition, Draws, Objective, TimeNoise, guided, sample
 from cil.checkpoints import read, write_lvdm
 from cil.families import Family, load
 from cil.families.base import Clip, Dropped
-from cil.families.lvdm import as_clip_sees
+from cil.families.lvdm import stretched
 from cil.initial_noise import InitialNoise
 
 NAMES = ("dynamicrafter", "videocrafter1")
@@ -79,9 +79,9 @@ def test_frames_come_back_from_the_vae_in_their_shape_and_type(family, batch):
 
 def test_clips_picture_is_what_is_cached_of_an_image_within_rounding(family):
     image = frames()[:, 0]
-    seen = as_clip_sees(image, 28)
+    seen = stretched(image, 28)
     assert seen.shape == (2, 28, 28, 3)
-    assert torch.equal(as_clip_sees(seen, 28), seen)
+    assert torch.equal(stretched(seen, 28), seen)
 
 
 def answer(family: Family, net, condition: dict[str, Tensor]) -> Tensor:
@@ -165,10 +165,10 @@ def test_a_video_is_sampled_from_M_with_guidance(family, batch):
 def test_a_published_file_written_and_read_is_the_same_to_the_bit(family, tmp_path):
     net = family.network(3)
     (name,) = family.export(net.state_dict(), tmp_path)
-    again = load(family.name, 4, 32, 48, "tiny", str(tmp_path / name))
+    again = load(family.name, 4, 32, 48, "tiny", weights=str(tmp_path / name))
     for key, tensor in again.network(0).state_dict().items():
         assert torch.equal(tensor, net.state_dict()[key]), key
-    for one, other in ((again.frozen.vae, family.frozen.vae), (again.frozen.text, family.frozen.text)):
+    for one, other in ((again.frozen["vae"], family.frozen["vae"]), (again.frozen["text"], family.frozen["text"])):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     again.export(again.network(0).state_dict(), tmp_path / "twice")
     first, second = read(tmp_path / name), read(tmp_path / "twice" / name)
@@ -183,12 +183,7 @@ def test_a_published_file_written_and_read_is_the_same_to_the_bit(family, tmp_pa
 def test_the_names_of_a_published_file_are_the_references(name, golden):
     """On the meta device, at the published size."""
     family = load(name, 16, 320, 512, "512")
-    with torch.device("meta"):
-        from cil.families.lvdm import Frozen
-
-        net = family._fresh()
-        extras = {key: torch.empty(shape) for key, shape in family._extras().items()}
-        state = family._whole(net.state_dict(), Frozen(*family._empty(), extras))
+    state = family._expected
     assert {key: list(tensor.shape) for key, tensor in state.items()} == golden[f"{name}_checkpoint_full_keys"]
 
 
@@ -210,13 +205,13 @@ def test_a_file_of_the_other_family_or_with_something_missing_is_refused_by_name
     other = load(*(name for name in NAMES if name != family.name), 4, 32, 48, "tiny")
     (name,) = other.export(other.network(0).state_dict(), tmp_path)
     with pytest.raises(ValueError, match=rf"{name}: not the weights of {family.name}.*looks like {other.name}"):
-        load(family.name, 4, 32, 48, "tiny", str(tmp_path / name)).network(0)
+        load(family.name, 4, 32, 48, "tiny", weights=str(tmp_path / name)).network(0)
     (name,) = family.export(family.network(0).state_dict(), tmp_path)
     state = read(tmp_path / name)
     del state["model.diffusion_model.out.2.bias"]
     write_lvdm(tmp_path / "less.ckpt", state)
     with pytest.raises(ValueError, match=r"1 missing \(model\.diffusion_model\.out\.2\.bias\)"):
-        load(family.name, 4, 32, 48, "tiny", str(tmp_path / "less.ckpt")).network(0)
+        load(family.name, 4, 32, 48, "tiny", weights=str(tmp_path / "less.ckpt")).network(0)
 
 
 def test_files_of_256x256_name_the_rate_a_frame_stride():

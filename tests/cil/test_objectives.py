@@ -9,7 +9,7 @@ from torch import Tensor
 import cil
 from cil import EDM, VP, CleanCondition, ConstantNoise, Draws, Drops, Flow, Objective, Recipe, TimeNoise
 from cil.draws import stream_seed
-from cil.families import load
+from cil.families import Options, load
 from cil.families.toy import Toy
 from cil.objectives import Losses, edm_weight
 
@@ -23,7 +23,7 @@ class ToyOfV(Toy):
     prediction = "v"
 
     def __init__(self) -> None:
-        super().__init__(4, 16, 16, "tiny")
+        super().__init__("tiny", 4, 16, 16, Options())
         self.process = VP(zero_snr=True)
 
 
@@ -370,7 +370,7 @@ def test_the_objective_trains_on_any_process(process, batch):
         prediction = "v"
 
         def __init__(self) -> None:
-            super().__init__(4, 16, 16, "tiny")
+            super().__init__("tiny", 4, 16, 16, Options())
             self.process = process
 
         def loss_weight(self, t: Tensor) -> Tensor:

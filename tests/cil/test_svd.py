@@ -8,7 +8,8 @@ from golden.fill import fill_state
 from torch import Tensor
 
 from cil import CleanCondition, Draws, Objective, TimeNoise, frame_ramp, guided, sample
-from cil.checkpoints import load_into, read, read_ema, write_diffusers, write_svd_cil
+from cil.checkpoints import load_into, write_diffusers, write_svd_cil
+from cil.families import load
 from cil.families.base import Clip, Dropped
 from cil.families.svd import SVD
 from cil.initial_noise import InitialNoise
@@ -24,7 +25,7 @@ def frames(batch: int = 2) -> Tensor:
 
 @pytest.fixture(scope="module")
 def family() -> SVD:
-    return SVD(4, 32, 48, "tiny")
+    return load("svd", 4, 32, 48, "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def batch(family) -> dict[str, Tensor]:
 def folder(family, tmp_path_factory):
     """A pipeline as diffusers keeps it, of tiny random weights."""
     where = tmp_path_factory.mktemp("svd")
-    parts = {"unet": family.network(3), "vae": family.frozen.vae, "image_encoder": family.frozen.image}
+    parts = {"unet": family.network(3), "vae": family.frozen["vae"], "image_encoder": family.frozen["image"]}
     for part, model in parts.items():
         write_diffusers(where / part, model.state_dict())
     return where
@@ -44,7 +45,7 @@ def folder(family, tmp_path_factory):
 
 def test_names_and_shapes_are_those_of_the_published_unet(golden):
     with torch.device("meta"):
-        unet = SVD(16, 320, 512, "512")._unet()
+        unet = load("svd", 16, 320, 512, "512")._fresh()
     assert {name: list(tensor.shape) for name, tensor in unet.state_dict().items()} == golden["svd_unet_full_keys"]
 
 
@@ -139,7 +140,7 @@ def test_a_video_is_sampled_from_M_with_guidance_that_rises_over_frames(family, 
 
 
 def test_a_pipeline_folder_is_read_and_the_unet_written_as_diffusers_reads_it(family, folder, tmp_path):
-    again = SVD(4, 32, 48, "tiny", str(folder))
+    again = load("svd", 4, 32, 48, "tiny", weights=str(folder))
     net = again.network(0)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), family.network(3).parameters(), strict=True))
     assert torch.equal(again.encode(frames(), CLIPS)["latents"], family.encode(frames(), CLIPS)["latents"])
@@ -161,18 +162,19 @@ def test_the_authors_file_gives_raw_and_averaged_weights(family, tmp_path):
     net = family.network(1)
     averaged = {name: tensor + 1 for name, tensor in net.state_dict().items()}
     write_svd_cil(tmp_path / "svd.ckpt", net.state_dict(), averaged, wrapped=True)
-    for state, wanted in ((read(tmp_path / "svd.ckpt"), net.state_dict()), (read_ema(tmp_path / "svd.ckpt"), averaged)):
+    file = tmp_path / "svd.ckpt"
+    for state, wanted in ((family.restore(file, averaged=False), net.state_dict()), (family.restore(file), averaged)):
         fresh = family.network(2)
         load_into(fresh, state, wanted="svd")
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in fresh.state_dict().items())
 
 
 def test_a_folder_that_lacks_a_part_or_has_another_is_refused_by_its_path(family, folder, tmp_path):
-    with pytest.raises(ValueError, match="unet: there is no such folder"):
-        SVD(4, 32, 48, "tiny", str(tmp_path)).network(0)
-    write_diffusers(tmp_path / "unet", family.frozen.vae.state_dict())
-    with pytest.raises(ValueError, match=r"unet: not the weights of svd's unet: .*looks like the VAE of svd"):
-        SVD(4, 32, 48, "tiny", str(tmp_path)).network(0)
+    with pytest.raises(ValueError, match="a folder without weights"):
+        load("svd", 4, 32, 48, "tiny", weights=str(tmp_path)).network(0)
+    write_diffusers(tmp_path / "unet", family.frozen["vae"].state_dict())
+    with pytest.raises(ValueError, match=r"unet: not the weights of svd: .*looks like the VAE of svd"):
+        load("svd", 4, 32, 48, "tiny", weights=str(tmp_path)).network(0)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +186,6 @@ def test_a_folder_that_lacks_a_part_or_has_another_is_refused_by_its_path(family
 )
 def test_what_the_family_cannot_be_is_refused(arguments, said):
     with pytest.raises(ValueError, match=said):
-        SVD(*arguments)
-    with pytest.raises(ValueError, match="takes no text"):
-        SVD(4, 32, 48, "tiny", tokenizer="x")
+        load("svd", *arguments)
+    with pytest.raises(ValueError, match="has no such option"):
+        load("svd", 4, 32, 48, "tiny", tokenizer="x")
