@@ -7,6 +7,7 @@ and what was rejected, so that all three are whole or absent together.
 import hashlib
 import json
 import posixpath
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cil import families
 from cil.families import Family
 from cil.families.base import Clip
 from cil.metrics.motion import SMALLEST, motion_score
@@ -25,6 +25,7 @@ from pipelines.artifact import Artifact, Manifest
 from pipelines.catalog import Video, read_catalog
 from pipelines.config import Config
 from pipelines.errors import Unfinished, UserError
+from pipelines.models import encoder_of, family_code, family_of, refuse_other_family, shape_of
 from pipelines.parts import Part, chunks, make_parts
 from pipelines.video import DECODERS, BadVideo, fit
 
@@ -43,12 +44,13 @@ def build_cache(config: Config) -> Manifest:
         "catalog": catalog.digest,
         "videos": catalog.folder,
         "seed": config.seed,
-        "family": config.family.model_dump(exclude={"preset"}),
-        "encoder": family.encoder_identity,
+        "family": shape_of(family) | {"latents": config.family.latents, "clip_features": config.family.clip_features},
+        "encoder": encoder_of(family),
+        "precision": config.family.precision,
         "cache": config.cache.model_dump(
             include={"stride", "views_per_video", "validation", "test", "videos_per_part"}
         ),
-        "code": artifact.code(*CODE, *family_code(config)),
+        "code": artifact.code(*CODE, *family_code(family)),
     }
     cache = Artifact(storage.join(config.out, "cache"), KIND, identity)
     if cache.finished:
@@ -106,6 +108,7 @@ class PartMaker:
         self.family = family_of(self.config)
 
     def __call__(self, plan: list[dict[str, Any]]) -> tuple[bytes | None, str]:
+        self.captions: dict[str, dict[str, torch.Tensor]] = {}  # of this part
         rows: list[dict[str, Any]] = []
         rejects: list[dict[str, Any]] = []
         for video in (Video(**row) for row in plan):
@@ -153,13 +156,17 @@ class PartMaker:
         return [(frames[np.searchsorted(wanted, clip)], clip, decoder.fps) for clip in indices]
 
     def _encode(self, video: Video, view: int, frames: torch.Tensor, indices: list[int], fps: float) -> dict[str, Any]:
-        stride = self.config.cache.stride
-        known = Clip(video.caption, fps / stride, stride)
-        tensors = self.family.encode(frames[None], [known])  # one clip a call: the call's shape is part of the plan
-        if not all(torch.isfinite(t).all() for t in tensors.values()):
+        stride, clip_id = self.config.cache.stride, f"{video.videoid}:{view}"
+        seed = int(_unit(self.config.seed, clip_id, "encoding") * 2**53)
+        known = Clip(video.caption, fps / stride, stride, seed)
+        # One clip and one caption a call: the call's shape is part of the plan.
+        tensors = self.family.encode_frames(frames[None], [known])
+        if video.caption not in self.captions:
+            self.captions[video.caption] = self.family.encode_captions([video.caption])
+        if not all(torch.isfinite(t).all() for t in [*tensors.values(), *self.captions[video.caption].values()]):
             raise BadVideo("not_finite", f"the encoder gave NaN or inf for view {view}")
         return {
-            "clip_id": f"{video.videoid}:{view}",
+            "clip_id": clip_id,
             "videoid": video.videoid,
             "view": view,
             "caption": video.caption,
@@ -179,21 +186,33 @@ class PartMaker:
         moments = Moments.zeros(self.family.latent_shape)
         training = [row for row in rows if row["split"] == "train"]
         if training:
-            latents = torch.stack([row["tensors"]["latents"] for row in training])
-            moments = Moments.of(latents, [row["clip_id"] for row in training])
+            of = {name: torch.stack([row["tensors"][name] for row in training]) for name in training[0]["tensors"]}
+            moments = Moments.of(of["latents"], [row["clip_id"] for row in training], of.get("latents_std"))
         columns: dict[str, pa.Array] = {
             name: pa.array([r[name] for r in rows], kind) for name, kind in CLIP_SCHEMA.items()
         }
         layout = {}
         for name in rows[0]["tensors"] if rows else ():
-            assert name not in CLIP_SCHEMA, (
-                f"{name} is a column of every cache: the family must call its tensor otherwise"
-            )
-            tensors = [row["tensors"][name].contiguous() for row in rows]
-            layout[name] = {"shape": list(tensors[0].shape), "dtype": str(tensors[0].dtype).removeprefix("torch.")}
-            columns[name] = pa.array([t.numpy().tobytes() for t in tensors], pa.large_binary())
+            tensors = [row["tensors"][name] for row in rows]
+            columns[name], layout[name] = _binary(tensors), _layout(name, tensors[0])
+        captions = sorted({row["caption"] for row in rows})
+        for name in self.captions[captions[0]] if rows else ():
+            # Each caption once, and in a row its place.
+            tensors = [self.captions[caption][name][0] for caption in captions]
+            places = pa.array([bisect_left(captions, row["caption"]) for row in rows], pa.int32())
+            columns[name] = pa.DictionaryArray.from_arrays(places, _binary(tensors))
+            layout[name] = _layout(name, tensors[0])
         metadata = {"tensors": json.dumps(layout), "rejects": json.dumps(rejects), "moments": moments.to_bytes()}
         return _ipc(pa.table(columns).replace_schema_metadata(metadata))
+
+
+def _binary(tensors: list[torch.Tensor]) -> pa.Array:
+    return pa.array([t.contiguous().numpy().tobytes() for t in tensors], pa.large_binary())
+
+
+def _layout(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    assert name not in CLIP_SCHEMA, f"{name} is a column of every cache: the family must call its tensor otherwise"
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
 CLIP_SCHEMA = {
@@ -215,18 +234,6 @@ def split_of(config: Config, videoid: str) -> str:
     if u < config.cache.test:
         return "test"
     return "validation" if u < config.cache.test + config.cache.validation else "train"
-
-
-def family_of(config: Config) -> Family:
-    try:
-        return families.load(**config.family.model_dump())
-    except ValueError as error:
-        raise UserError(f"family: {error}") from None
-
-
-def family_code(config: Config) -> tuple[str, ...]:
-    """The modules in which a family's functions stand."""
-    return ("cil.families.base", f"cil.families.{config.family.name}", *family_of(config).modules)
 
 
 def snapshot(cache: Manifest) -> str:
@@ -254,13 +261,13 @@ def read_cache(config: Config) -> Manifest:
     return cache
 
 
-def refuse_other_family(made: Manifest, config: Config) -> None:
-    wanted = config.family.model_dump(exclude={"preset"})
-    for key, value in made.identity["family"].items():
-        if key in wanted and wanted[key] != value:
-            raise UserError(
-                f"the {made.kind} at {made.uri} is for family.{key}={value}, not {wanted[key]}: set it, or `out`"
-            )
+def refuse_other_encoder(cache: Manifest, family: Family) -> None:
+    """Where latents are to be trained on or decoded, by other frozen weights than those that made them."""
+    if (mine := encoder_of(family)) != cache.identity["encoder"]:
+        raise UserError(
+            f"the cache at {cache.uri} was encoded by {cache.identity['encoder']}, and family.weights holds {mine}: "
+            "name the weights that it was made with, or another `out`"
+        )
 
 
 def open_part(cache: Manifest, name: str) -> pa.ipc.RecordBatchFileReader:

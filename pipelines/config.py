@@ -34,6 +34,9 @@ def absolute(uri: str) -> str:
     return os.path.abspath(uri)
 
 
+PUBLISHED = "published"  # stands for the weights that family.weights names
+TAKEN = ("real", "reference", PUBLISHED)
+
 Uri = Annotated[str, AfterValidator(absolute)]
 RowOrUri = Annotated[str, AfterValidator(lambda name: absolute(name) if "/" in name else name)]
 
@@ -48,10 +51,18 @@ class FamilyConfig(Section):
     name: Literal["toy", "dynamicrafter", "videocrafter1", "svd", "i2vgenxl"] = Field(
         "toy", description="which family of models"
     )
-    preset: str = Field("small", description="its size; every family has tiny, with random weights, to try")
-    frames: PositiveInt = Field(8, description="frames of a clip")
-    height: PositiveInt = Field(32, description="pixels")
-    width: PositiveInt = Field(32, description="pixels")
+    preset: str = Field("small", description="its size; every family has tiny, to try")
+    frames: PositiveInt | None = Field(None, description="frames of a clip; default: the preset's")
+    height: PositiveInt | None = Field(None, description="pixels; default: the preset's")
+    width: PositiveInt | None = Field(None, description="pixels; default: the preset's")
+    weights: Uri | None = Field(None, description="what is published: a file, or a diffusers folder; none: random")
+    tokenizer: Uri | None = Field(None, description="folder with CLIP's vocab.json and merges.txt")
+    latents: Literal["mode", "sample", "mean_std"] = Field(
+        "mode", description="of the VAE's posterior; mean_std: both are cached, and every training step samples"
+    )
+    clip_features: bool = Field(False, description="cache CLIP's features, not the image that each step makes them of")
+    token_noise: bool = Field(False, description="dynamicrafter: conditioning noise on the projected CLIP tokens too")
+    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen networks")
 
 
 class ShapesConfig(Section):
@@ -90,8 +101,12 @@ class ConditioningConfig(Section):
     """What is done to the conditional image in training."""
 
     kind: Literal["none", "timenoise", "constant"] = Field("none", description="none is naive fine-tuning")
-    beta_m: NonNegativeFloat = Field(1.0, description="timenoise: largest noise level")
-    a: PositiveFloat = Field(5.0, description="timenoise: mu(t) = 2 t^a - 1; lower means more noise at middle t")
+    beta_m: NonNegativeFloat | None = Field(
+        None, description="timenoise: largest noise level; default: the family's (docs/families.md)"
+    )
+    a: PositiveFloat | None = Field(
+        None, description="timenoise: mu(t) = 2 t^a - 1, lower means more noise at middle t; default: the family's"
+    )
     level: NonNegativeFloat | None = Field(
         None, description="constant: noise level; default: the mean level of timenoise with this beta_m and a"
     )
@@ -101,7 +116,7 @@ class RowConfig(Section):
     """One row of a study: the training settings, which are what its MLflow run has as parameters."""
 
     weights: RowOrUri | None = Field(
-        None, description="start from a row of the study, or from weights at a URI; none: pre-train"
+        None, description="start from a row of the study or from weights at a URI; none: family.weights, or pre-train"
     )
     seeds: list[NonNegativeInt] = Field([0], description="one training for each", min_length=1)
     samples: PositiveInt = Field(640, description="clips seen in the whole training")
@@ -132,8 +147,10 @@ class GenerateRowConfig(Section):
     """One row of the comparison: weights x M x start."""
 
     weights: RowOrUri = Field(
-        "base", description="a row of finetune.rows (one set for each of its seeds), or a URI of weights"
+        "base",
+        description="a row of finetune.rows (a set for each seed), a URI of weights, or published (the family's)",
     )
+    ema: bool = Field(True, description="the averaged weights, where there are also raw ones")
     M: PositiveFloat | None = Field(
         None, description="where sampling starts: a step 1..1000, for svd a sigma; default: the end of the process"
     )
@@ -219,10 +236,12 @@ class Config(Section):
         rows: dict[str, EvaluationRow] = {}
         for arm, settings in self.arms().items():
             sources = {name: row.seed for name, row in trained.items() if row.arm == settings.weights}
-            if not sources and "/" not in settings.weights:
-                allowed = ", ".join(self.finetune.rows)
+            if settings.weights == PUBLISHED and not self.family.weights:
+                raise UserError(f"generate.rows.{arm}.weights={PUBLISHED}: family.weights names none")
+            if not sources and settings.weights != PUBLISHED and "/" not in settings.weights:
+                allowed = ", ".join([*self.finetune.rows, PUBLISHED])
                 raise UserError(
-                    f"generate.rows.{arm}.weights={settings.weights}: a row of finetune.rows ({allowed}) or a URI"
+                    f"generate.rows.{arm}.weights={settings.weights}: one of {allowed}, or a URI (with a /)"
                 )
             for name, seed in (sources or {settings.weights: 0}).items():
                 _add(rows, _row_name(arm, seed, list(sources.values())), EvaluationRow(arm, seed, name, settings))
@@ -235,9 +254,11 @@ class TrainingRow:
     seed: int
     settings: RowConfig
 
-    def shaping(self) -> dict[str, Any]:
-        """What shapes the weights, but for the weights it starts from."""
-        return self.settings.model_dump(exclude={"weights", "seeds"}) | {"seed": self.seed}
+    def shaping(self, timenoise: Any) -> dict[str, Any]:
+        """What shapes the weights, but for the weights it starts from. `timenoise`: the family's."""
+        noise = self.settings.conditioning.model_dump()
+        noise |= {name: getattr(timenoise, name) for name in ("beta_m", "a") if noise[name] is None}
+        return self.settings.model_dump(exclude={"weights", "seeds"}) | {"seed": self.seed, "conditioning": noise}
 
 
 @dataclass(frozen=True)
@@ -288,8 +309,9 @@ def _check(config: Config) -> None:
     except ValidationError as error:
         raise UserError(f"finetune.rows: {_explain(error, RowConfig)}") from None
     for arm in [*config.finetune.rows, *config.generate.rows]:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", arm) or arm in ("real", "reference"):
-            raise UserError(f"{arm!r} is no name for a row: letters, digits and _ . + - ; real and reference are taken")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", arm) or arm in TAKEN:
+            taken = ", ".join(TAKEN)
+            raise UserError(f"{arm!r} is no name for a row: letters, digits and _ . + - ; {taken} are taken")
     for name, trained in rows.items():
         row = trained.settings
         if row.batch % config.finetune.workers:

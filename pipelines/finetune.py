@@ -16,28 +16,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from cil import CleanCondition, ConstantNoise, Draws, Drops, Objective, Process, TimeNoise, diagnose
+from cil import CleanCondition, ConstantNoise, Draws, Drops, Objective, TimeNoise, diagnose
 from cil.conditioning import ConditioningNoise
+from cil.families import Family
 from cil.objectives import Losses
 from pipelines import cluster, storage
-from pipelines.artifact import Artifact, Manifest
-from pipelines.cache import family_of, read_cache
+from pipelines.artifact import Artifact, Identity, Manifest
+from pipelines.cache import read_cache, refuse_other_encoder
 from pipelines.config import ConditioningConfig, Config, RowConfig, TrainingRow
 from pipelines.curve import Curve
 from pipelines.errors import Unfinished, UserError
+from pipelines.models import family_of
 from pipelines.progress import Progress
 from pipelines.reader import ClipReader, SampleOrder, lanes
 from pipelines.tracking import Run, refuse_unreachable, store_uri
-from pipelines.weights import load_weights, plan_weights, read_weights, write_weights
+from pipelines.weights import KIND, load_weights, plan_weights, uri_of, write_weights
 
 
 def finetune(config: Config) -> dict[str, Manifest]:
     """Every row of the study trained; answers their weights."""
-    cache = read_cache(config)
+    cache, family = read_cache(config), family_of(config)
+    refuse_other_encoder(cache, family)
     rows = config.training_rows()
     made: dict[str, Artifact] = {}
     for name, row in rows.items():
-        made[name] = plan_weights(config, name, row, cache, made)
+        made[name] = plan_weights(config, family, name, row, cache, made)
         clips = len(ClipReader(cache, "train", row.settings.min_motion))
         if clips == 0:
             wanted = f"motion >= {row.settings.min_motion}"
@@ -51,14 +54,14 @@ def finetune(config: Config) -> dict[str, Manifest]:
     cluster.refuse_unplaceable(config.finetune.workers, config.finetune.gpu)
     cluster.refuse_local_store(store_uri(config))
     for name in missing:
-        if described := describe_noise(rows[name].settings.conditioning, family_of(config).process):
+        if described := describe_noise(rows[name].settings.conditioning, family):
             print(f"finetune {name}: {described}")
         made[name].begin(config.model_dump_json(indent=1))
-    _fit(config, missing)
+    _fit(config, missing, {name: each.identity for name, each in made.items()})
     return {name: each.manifest() for name, each in made.items()}
 
 
-def _fit(config: Config, missing: list[str]) -> None:
+def _fit(config: Config, missing: list[str], identities: dict[str, Identity]) -> None:
     import ray.train.torch
     from ray.util.queue import Queue
 
@@ -68,7 +71,7 @@ def _fit(config: Config, missing: list[str]) -> None:
     listener.start()
     trainer = ray.train.torch.TorchTrainer(
         train_rows,
-        train_loop_config={"config": config.model_dump(), "news": news},
+        train_loop_config={"config": config.model_dump(), "identities": identities, "news": news},
         scaling_config=ray.train.ScalingConfig(num_workers=settings.workers, use_gpu=settings.gpu),
         run_config=ray.train.RunConfig(
             # Shards fit the number of workers and the stage that wrote them: another one begins its row anew.
@@ -102,9 +105,7 @@ def train_rows(loop: dict[str, Any]) -> None:
     _prepare_deepspeed(config.finetune.gpu)
     rank = ray.train.get_context().get_world_rank()
     cache, rows = read_cache(config), config.training_rows()
-    made: dict[str, Artifact] = {}
-    for name, row in rows.items():
-        made[name] = plan_weights(config, name, row, cache, made)
+    made = {name: Artifact(uri_of(config, name), KIND, identity) for name, identity in loop["identities"].items()}
     # Rank 0's word, because another rank might look a moment later.
     finished = [[name for name in rows if made[name].finished]]
     dist.broadcast_object_list(finished)
@@ -123,17 +124,17 @@ class RowTrainer:
         import torch.distributed as dist
 
         self.config, self.name, self.made = config, name, made
-        self.row, self.seed, self.shaping = row.settings, row.seed, row.shaping()
+        self.row, self.seed = row.settings, row.seed
         self.rank, self.world, self.news = rank, dist.get_world_size(), news
         self.family = family_of(config)
         self.clips = ClipReader(cache, "train", self.row.min_motion)
         self.order = SampleOrder(len(self.clips), self.seed)
-        self.objective = Objective(conditioning_noise(self.row.conditioning), Drops(both=self.row.drop))
+        self.objective = Objective(conditioning_noise(self.row.conditioning, self.family), Drops(both=self.row.drop))
         self.samples = 0  # seen so far, which is also the position in the stream
 
         net = self.family.network(self.seed)
         if self.row.weights:
-            load_weights(self.family, net, read_weights(config, self.row.weights))
+            load_weights(config, self.family, net, self.row.weights)
         self.engine = _deepspeed(net, config, self.row, self.world)
         self.device = self.engine.device
         self.ema = {key: value.detach().clone() for key, value in self.engine.module.state_dict().items()}
@@ -212,8 +213,8 @@ class RowTrainer:
 
     def open_run(self) -> Run:
         run = Run(self.config, self.name, "train", self.made.fingerprint)
-        upstream = {key: self.made.identity[key] for key in ("cache", "parent")}
-        run.parameters({"family": self.config.family.model_dump(), "row": self.shaping, **upstream})
+        told = {key: value for key, value in self.made.identity.items() if key != "code"}
+        run.parameters(told)
         settings = self.config.finetune
         run.tags({"weights": self.made.uri, "world_size": self.world, "zero_stage": settings.zero_stage})
         run.text("config.json", self.config.model_dump_json(indent=1))
@@ -222,21 +223,25 @@ class RowTrainer:
     def finish(self) -> None:
         if self.run:
             self.run.finish()
-            write_weights(self.made, self.family, self.ema, {"samples": self.samples}, clips=len(self.clips))
+            counts, raw = {"samples": self.samples}, self.engine.module.state_dict()
+            write_weights(self.made, self.family, self.ema, raw, counts, clips=len(self.clips))
 
 
-def conditioning_noise(config: ConditioningConfig) -> ConditioningNoise:
+def conditioning_noise(config: ConditioningConfig, family: Family) -> ConditioningNoise:
     if config.kind == "none":
         return CleanCondition()
-    timenoise = TimeNoise(config.beta_m, config.a)
+    own = family.timenoise
+    timenoise = TimeNoise(
+        own.beta_m if config.beta_m is None else config.beta_m, own.a if config.a is None else config.a
+    )
     if config.kind == "timenoise":
         return timenoise
     return ConstantNoise(timenoise.mean_level() if config.level is None else config.level)
 
 
-def describe_noise(config: ConditioningConfig, process: Process) -> str:
+def describe_noise(config: ConditioningConfig, family: Family) -> str:
     """What TimeNoise does over the training times, and whether that depends on time at all."""
-    noise = conditioning_noise(config)
+    noise, process = conditioning_noise(config, family), family.process
     if not isinstance(noise, TimeNoise):
         return ""
     return f"TimeNoise with {diagnose(noise, process.unit_time(process.training_times()))}"

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from cil import CleanCondition, Draws, InitialNoise, guided, sample
+from cil.families import Family
 from cil.families.base import Dropped
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
-from pipelines.cache import family_code, family_of, read_cache, snapshot
+from pipelines.cache import read_cache, refuse_other_encoder, snapshot
 from pipelines.config import Config, EvaluationRow
 from pipelines.errors import UserError
 from pipelines.initial_noise import read_initial_noise
+from pipelines.models import family_code, family_of, shape_of
 from pipelines.parts import Part, chunks, make_parts
 from pipelines.reader import ClipReader, SampleOrder
 from pipelines.video import encode
-from pipelines.weights import load_weights, read_weights
+from pipelines.weights import fingerprint_of, load_weights
 
 KIND = "videos"
 CODE = (
@@ -41,12 +43,13 @@ SPLITS = {REAL: "test", REFERENCE: "train"}
 def generate(config: Config) -> dict[str, Manifest]:
     """The sets of all rows, and the two real ones."""
     refuse_impossible_starts(config)
-    cache = read_cache(config)
+    cache, family = read_cache(config), family_of(config)
+    refuse_other_encoder(cache, family)
     rows = config.evaluation_rows()
     chosen = {name: choose(config, cache, name) for name in SPLITS}
-    sets = {name: _plan(config, cache, name, None) for name in SPLITS}
+    sets = {name: _plan(config, family, cache, name, None) for name in SPLITS}
     for name, row in rows.items():
-        sets[name] = _plan(config, cache, name, row)
+        sets[name] = _plan(config, family, cache, name, row)
 
     parts = {}
     for name, made in sets.items():
@@ -96,22 +99,23 @@ def choose(config: Config, cache: Manifest, name: str) -> list[int]:
     return numbers
 
 
-def _plan(config: Config, cache: Manifest, name: str, row: EvaluationRow | None) -> Artifact:
+def _plan(config: Config, family: Family, cache: Manifest, name: str, row: EvaluationRow | None) -> Artifact:
     settings = config.generate
     identity: dict[str, Any] = {
-        "family": config.family.model_dump(),
+        "family": shape_of(family) | {"preset": family.preset},
+        "precision": family.options.precision,
         "cache": snapshot(cache),
         "seed": config.seed,
         "clips": settings.reference if name == REFERENCE else settings.clips,
         "min_motion": settings.min_motion,
-        "code": artifact.code(*CODE, *family_code(config)),
+        "code": artifact.code(*CODE, *family_code(family)),
     }
     if row is not None:
         identity |= {
             "row": row.settings.model_dump(exclude={"weights"}),
             "steps": settings.steps,
             "clips_per_part": settings.clips_per_part,
-            "weights": read_weights(config, row.weights).fingerprint,
+            "weights": fingerprint_of(config, family, row.weights, row.settings.ema),
             "initial_noise": read_initial_noise(config)[1].fingerprint if row.settings.start == "analytic" else None,
         }
     return Artifact(storage.join(config.out, "videos", name), KIND, identity)
@@ -128,7 +132,7 @@ class Sampler:
         self.readers = {
             name: ClipReader(self.cache, split, self.config.generate.min_motion) for name, split in SPLITS.items()
         }
-        self._net: tuple[str, nn.Module] = ("", nn.Identity())
+        self._net: tuple[tuple[str, bool] | None, nn.Module] = (None, nn.Identity())
 
     def __call__(self, plan: dict[str, Any]) -> tuple[bytes, str]:
         name, numbers = plan["set"], list(plan["numbers"])
@@ -149,7 +153,7 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, row: EvaluationRow, clips: dict[str, Tensor], ids: list[str]) -> Tensor:
-        family, net = self.family, self.network(row.weights)
+        family, net = self.family, self.network(row.weights, row.settings.ema)
         draws = Draws([(self.config.seed, int(hashlib.sha256(i.encode()).hexdigest()[:12], 16)) for i in ids])
         condition, _ = family.condition(clips, CleanCondition(), torch.zeros(len(ids)), None)
         nothing = family.drop(condition, Dropped.all(len(ids)))
@@ -167,10 +171,10 @@ class Sampler:
             return read_initial_noise(self.config)[0]
         return InitialNoise.standard(self.family.latent_shape)
 
-    def network(self, weights: str) -> nn.Module:
+    def network(self, weights: str, averaged: bool) -> nn.Module:
         """The last one is kept: parts of one row come one after another."""
-        if self._net[0] != weights:
+        if self._net[0] != (weights, averaged):
             net = self.family.network(seed=0)
-            load_weights(self.family, net, read_weights(self.config, weights))
-            self._net = (weights, net.eval())
+            load_weights(self.config, self.family, net, weights, averaged)
+            self._net = ((weights, averaged), net.eval())
         return self._net[1]

@@ -3,9 +3,10 @@
 from cil import InitialNoise
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
-from pipelines.cache import family_of, read_cache, read_moments, refuse_other_family, snapshot
+from pipelines.cache import read_cache, read_moments, snapshot
 from pipelines.config import Config
 from pipelines.errors import UserError
+from pipelines.models import family_of, refuse_other_family
 
 KIND = "initial noise"
 FILE = "initial_noise.safetensors"

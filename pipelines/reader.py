@@ -17,7 +17,7 @@ class ClipReader:
     """The clips of one split, numbered 0..len-1 in the order of their ids. Latents stay in the files till asked for."""
 
     def __init__(self, cache: Manifest, split: str, min_motion: float = 0.0) -> None:
-        self._tensors: list[dict[str, Tensor]] = []  # of each part: views of the file, [clips of the part, ...]
+        self._tensors: list[dict[str, Column]] = []  # of each part
         found: list[tuple[str, str, float, int, int]] = []
         for number, part in enumerate(cache.content["parts"]):
             reader = open_part(cache, part["name"])
@@ -26,7 +26,7 @@ class ClipReader:
                 continue
             table = reader.read_all()
             layout = _layout(reader.schema)
-            self._tensors.append({name: _view(table[name], *layout[name]) for name in layout})
+            self._tensors.append({name: Column(table[name], *layout[name]) for name in layout})
             columns = (table[name].to_pylist() for name in ("clip_id", "caption", "fps", "split", "motion"))
             for row, (clip_id, caption, fps, where, motion) in enumerate(zip(*columns, strict=True)):
                 if where == split and motion >= min_motion:
@@ -71,14 +71,22 @@ def _layout(schema: pa.Schema) -> dict[str, tuple[list[int], str]]:
     return {name: (tensor["shape"], tensor["dtype"]) for name, tensor in described.items()}
 
 
-def _view(column: pa.ChunkedArray, shape: list[int], dtype: str) -> Tensor:
-    """[clips, *shape] over the file's own memory, which is read only: what is handed out is copied by stacking."""
-    array = column.combine_chunks()
-    array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-    _, offsets, data = array.buffers()
-    begin = np.frombuffer(offsets, np.int64, 1, 8 * array.offset)[0]
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    flat = np.frombuffer(data, dtype, len(array) * size // np.dtype(dtype).itemsize, int(begin))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        return torch.from_numpy(flat.reshape(len(array), *shape))
+class Column:
+    """One tensor of each row of a part: a view of the file's own memory, which is copied by stacking."""
+
+    def __init__(self, column: pa.ChunkedArray, shape: list[int], dtype: str) -> None:
+        array = column.combine_chunks()
+        array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
+        self._places: np.ndarray | None = None  # in the dictionary, where rows share their tensors
+        if pa.types.is_dictionary(array.type):
+            self._places, array = array.indices.to_numpy(), array.dictionary
+        _, offsets, data = array.buffers()
+        begin = np.frombuffer(offsets, np.int64, 1, 8 * array.offset)[0]
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        flat = np.frombuffer(data, dtype, len(array) * size // np.dtype(dtype).itemsize, int(begin))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            self._tensors = torch.from_numpy(flat.reshape(len(array), *shape))
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self._tensors[row if self._places is None else int(self._places[row])]

@@ -20,6 +20,7 @@ from pipelines.parts import Part, chunks, make_parts
 from pipelines.shapes import velocity_of
 from pipelines.tracking import Run, refuse_unreachable
 from pipelines.video import decode_all
+from pipelines.weights import read_weights
 
 KIND = "scores"
 NET_KIND = "feature net"
@@ -171,7 +172,7 @@ def _track(config: Config, name: str, scores: Manifest, videos: Manifest, values
     if row:
         trained = config.training_rows().get(row.weights)
         run.parameters({"row": row.settings.model_dump(), "steps": config.generate.steps})
-        run.parameters({"train": trained.shaping()} if trained else {})
+        run.parameters({"train": read_weights(config, row.weights).identity["row"]} if trained else {})
     run.tags({"row": name, "videos": videos.uri, "scores": scores.uri})
     run.metrics(values)
     run.finish()

@@ -1,5 +1,6 @@
 """The one place that reads and writes files: a URI is a local path or s3://bucket/key. Writes are whole or absent."""
 
+import hashlib
 import json
 import os
 import posixpath
@@ -86,6 +87,29 @@ def local_copies(uri: str, names: Iterable[str]) -> Iterator[Path]:
             copy.parent.mkdir(parents=True, exist_ok=True)
             remote.get_file(join(uri, name), str(copy))
         yield Path(folder)
+
+
+def kept_copy(uri: str) -> Path:
+    """A local file or folder with what stands at `uri`: downloaded once for each machine and version."""
+    if is_local(uri):
+        return Path(uri)
+    with _remote(uri) as remote:
+        found = remote.find(uri, detail=True)
+        if not found:
+            raise FileNotFoundError(f"{uri}: there is nothing")
+        version = repr(sorted((path, info.get("size"), info.get("ETag")) for path, info in found.items()))
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "cil")
+        kept = cache / hashlib.sha256(version.encode()).hexdigest()[:16] / posixpath.basename(uri.rstrip("/"))
+        if kept.exists():
+            return kept
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".unfinished-") as folder:
+            copy = Path(folder, "whole", kept.name)
+            copy.parent.mkdir()
+            remote.get(uri, str(copy), recursive=True)
+            with suppress(OSError):  # another process was first
+                os.replace(copy.parent, kept.parent)
+    return kept
 
 
 def read_rows(uri: str) -> list[dict[str, Any]]:

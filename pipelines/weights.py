@@ -1,4 +1,4 @@
-"""Fine-tuned weights as an artifact: the family's own files, and what they were trained from."""
+"""A network's weights: fine-tuned ones as an artifact of ours, or published ones, a file or a folder at a URI."""
 
 import tempfile
 from pathlib import Path
@@ -6,14 +6,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cil.checkpoints import digest
 from cil.families import Family
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
-from pipelines.cache import family_code, refuse_other_family, snapshot
-from pipelines.config import Config, TrainingRow
+from pipelines.cache import snapshot
+from pipelines.config import PUBLISHED, Config, TrainingRow
+from pipelines.errors import UserError
+from pipelines.models import family_code, refuse_other_family, refusing_weights, shape_of
 
 KIND = "weights"
 CODE = ("pipelines.finetune", "pipelines.reader", "cil.objectives", "cil.conditioning", "cil.processes", "cil.draws")
+KINDS = {True: "ema", False: "raw"}  # subfolders, by whether weights are averaged
 
 
 def uri_of(config: Config, row: str) -> str:
@@ -22,32 +26,42 @@ def uri_of(config: Config, row: str) -> str:
 
 
 def plan_weights(
-    config: Config, name: str, row: TrainingRow, cache: Manifest, parents: dict[str, Artifact]
+    config: Config, family: Family, name: str, row: TrainingRow, cache: Manifest, parents: dict[str, Artifact]
 ) -> Artifact:
     """The artifact of a row, whose identity holds that of the weights it starts from."""
-    parent = None
     start = row.settings.weights
     if start in parents:
         parent = parents[start].fingerprint
-    elif start:
-        parent = read_weights(config, start).fingerprint
+    elif start is None and family.options.weights is None:
+        parent = "random"
+    else:
+        parent = fingerprint_of(config, family, start or PUBLISHED)
     identity = {
-        "family": config.family.model_dump(),
-        "row": row.shaping(),
+        "family": shape_of(family) | {"preset": family.preset},
+        "token_noise": family.options.token_noise,
+        "row": row.shaping(family.timenoise),
         "parent": parent,
         "cache": snapshot(cache),
-        "code": artifact.code(*CODE, *family_code(config)),
+        "code": artifact.code(*CODE, *family_code(family)),
     }
     return Artifact(uri_of(config, name), KIND, identity)
 
 
 def write_weights(
-    made: Artifact, family: Family, state: dict[str, Tensor], counts: dict[str, int], **content: Any
+    made: Artifact,
+    family: Family,
+    state: dict[str, Tensor],
+    raw: dict[str, Tensor],
+    counts: dict[str, int],
+    **content: Any,
 ) -> Manifest:
-    with tempfile.TemporaryDirectory() as folder:
-        files = family.export(state, Path(folder))
-        for name in files:
-            storage.put(Path(folder, name), made.path(name))
+    """In the family's published layout: the averages in `ema`, the weights of the last step in `raw`."""
+    files = []
+    for kind, weights in (("ema", state), ("raw", raw)):
+        with tempfile.TemporaryDirectory() as folder:
+            for name in family.export(weights, Path(folder)):
+                storage.put(Path(folder, name), made.path(kind, name))
+                files.append(f"{kind}/{name}")
     return made.finish(counts, files=sorted(files), **content)
 
 
@@ -57,6 +71,33 @@ def read_weights(config: Config, row: str) -> Manifest:
     return manifest
 
 
-def load_weights(family: Family, net: nn.Module, manifest: Manifest) -> None:
-    with storage.local_copies(manifest.uri, manifest.content["files"]) as folder:
-        net.load_state_dict(family.restore(folder), strict=True)
+def is_ours(uri: str) -> bool:
+    """Also where it is unfinished."""
+    return any(storage.exists(storage.join(uri, name)) for name in ("manifest.json", "plan.json"))
+
+
+def fingerprint_of(config: Config, family: Family, row: str, averaged: bool = True) -> str:
+    """Of the weights of a row, at a URI, or of the family's own: whatever the file, its values count."""
+    if row != PUBLISHED and ("/" not in row or is_ours(row)):
+        return f"{read_weights(config, row).fingerprint}-{KINDS[averaged]}"
+    with refusing_weights():
+        return digest(family.restore(_published(family, row), averaged))
+
+
+def load_weights(config: Config, family: Family, net: nn.Module, row: str, averaged: bool = True) -> None:
+    """Into a network of the family."""
+    if row != PUBLISHED and ("/" not in row or is_ours(row)):
+        manifest, kind = read_weights(config, row), KINDS[averaged]
+        files = [name for name in manifest.content["files"] if name.startswith(f"{kind}/")]
+        with storage.local_copies(manifest.uri, files) as folder:
+            net.load_state_dict(family.restore(folder / kind), strict=True)
+    else:
+        net.load_state_dict(family.restore(_published(family, row), averaged), strict=True)
+
+
+def _published(family: Family, row: str) -> Path:
+    if row == PUBLISHED:
+        return Path(str(family.options.weights))
+    if not storage.exists(row):
+        raise UserError(f"weights={row}: there is nothing; expected weights of jobs.finetune, or published ones")
+    return storage.kept_copy(row)

@@ -196,6 +196,8 @@ def clip_tokenizer(folder: str | None) -> Any:
 
 def tokens_of(tokenizer: Any, captions: Sequence[str], length: int, **how: Any) -> Any:
     """Cut to `length` with the end kept. What no encoding has, such as half of a surrogate pair, becomes `?`."""
+    if not captions:
+        raise ValueError("captions: at least one")
     clean = [caption.encode("utf-8", "replace").decode() for caption in captions]
     return tokenizer(clean, truncation=True, max_length=length, **how).input_ids
 

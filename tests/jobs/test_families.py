@@ -1,16 +1,21 @@
-"""Every family walks the road, at its tiny size: cache, initial noise, training, videos, scores."""
+"""Every family walks the road from published weights, at its tiny size: cache, initial noise, training, videos, scores."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from published import write_published
 
+from cil import families
 from cil.families import NAMES
-from pipelines.cache import build_cache
+from pipelines.artifact import read_manifest
+from pipelines.cache import build_cache, open_part, read_cache
 from pipelines.config import Config, load
 from pipelines.finetune import finetune
 from pipelines.generate import generate
-from pipelines.initial_noise import make_initial_noise
+from pipelines.initial_noise import make_initial_noise, read_initial_noise
 from pipelines.make_shapes import make_shapes
 from pipelines.score import score
 
@@ -20,35 +25,86 @@ SETTINGS = (
     *("family.preset=tiny", "family.frames=4", "family.height=32", "family.width=48"),
     *("shapes.videos=40", "shapes.damaged=0", "shapes.frames=8", "cache.test=0.3", "cache.videos_per_part=20"),
     *("finetune.workers=1", "finetune.row.samples=16", "finetune.row.batch=4", "finetune.row.warmup=0"),
-    *("finetune.log_every=16", "finetune.checkpoint_every=16", "finetune.row.drop=0.2"),
-    "finetune.rows={base: {conditioning: {kind: timenoise, beta_m: 25}}}",
+    *("finetune.log_every=16", "finetune.checkpoint_every=16", "finetune.row.drop=0.2", "finetune.row.lr=1e-4"),
+    *("finetune.row.conditioning.kind=timenoise", "finetune.rows={tuned: {}}"),
     *("generate.clips=4", "generate.reference=8", "generate.clips_per_part=4", "generate.steps=2"),
-    *("score.feature_steps=2", "generate.rows.base.guidance=2", "generate.rows.base.start=analytic"),
+    *("score.feature_steps=2", "generate.rows.tuned={weights: tuned, guidance: 2, start: analytic}"),
+    *("generate.rows.raw={weights: tuned, ema: false}", "generate.rows.before={weights: published}"),
 )
+OWN = {  # what else is chosen, each for one family
+    "dynamicrafter": ("family.latents=mean_std", "family.clip_features=true", "family.token_noise=true"),
+    "videocrafter1": ("family.latents=sample",),
+    "svd": ("family.precision=bfloat16",),
+    "i2vgenxl": ("family.clip_features=true",),
+}
+PUBLISHED = [name for name in NAMES if name != "toy"]
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shapes")
-    make_shapes(load(None, [f"out={out}", *SETTINGS]))
+    make_shapes(load(None, [f"out={out}", *SETTINGS, "generate.rows={}"]))
     return out / "shapes"
 
 
-def walked(name: str, shapes: Path, out: Path) -> Config:
+def walk(name: str, shapes: Path, weights: Path, out: Path) -> Config:
     M = 100 if name == "svd" else 940
     videos = (f"catalog.csv={shapes}/videos.csv", f"catalog.videos={shapes}/videos")
-    config = load(None, [f"out={out}", *SETTINGS, *videos, f"family.name={name}", f"generate.rows.base.M={M}"])
+    named = (f"family.name={name}", f"family.weights={weights}", f"generate.rows.tuned.M={M}")
+    config = load(None, [f"out={out}", *SETTINGS, *videos, *named, *OWN[name]])
     for station in (build_cache, make_initial_noise, finetune, generate, score):
         station(config)
     return config
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "toy"])
-def test_a_family_walks_the_road(name, shapes, tmp_path):
-    config = walked(name, shapes, tmp_path)
-    weights = json.loads(Path(config.out, "weights/base/manifest.json").read_text())
-    assert weights["counts"]["samples"] == 16
-    assert all(Path(config.out, "weights/base", file).stat().st_size > 0 for file in weights["content"]["files"])
-    assert len(list(Path(config.out, "videos/base").glob("*.mp4"))) == 4
-    scores = json.loads(Path(config.out, "scores/base/manifest.json").read_text())
-    assert scores["counts"]["videos"] == 4
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_family_walks_the_road_from_published_weights(name, shapes, tmp_path, capfd):
+    weights = write_published(name, tmp_path / "published")
+    config = walk(name, shapes, weights, tmp_path / "out")
+
+    # Trained from the published weights, and both kinds are written as they are published.
+    family = families.load(name, 4, 32, 48, weights=str(weights))
+    before = family.restore(weights)
+    raw, ema = (family.restore(Path(config.out, "weights/tuned", kind)) for kind in ("raw", "ema"))
+    assert before.keys() == raw.keys() == ema.keys()
+    moved = [float((raw[key] - before[key]).abs().max()) for key in before]
+    assert 0 < max(moved) < 5e-3  # four steps of at most 1e-4 or so, and some weight decay
+    assert any(not torch.equal(raw[key], ema[key]) for key in raw)
+
+    # Four rows of videos, and they differ.
+    rows = {row: {f.name: f.read_bytes() for f in Path(config.out, "videos", row).glob("*.mp4")} for row in config.arms()}
+    assert all(len(videos) == 4 for videos in rows.values())
+    assert len({str(sorted(videos.items())) for videos in rows.values()}) == 3
+    assert read_manifest(str(tmp_path / "out/scores/tuned"), "scores").counts["videos"] == 4
+
+    # No artifact knows where the weights were: elsewhere they are the same, and nothing is made again.
+    for manifest in Path(config.out).rglob("manifest.json"):
+        assert str(weights) not in json.dumps(json.loads(manifest.read_text())["identity"])
+    elsewhere = shutil.move(weights, tmp_path / f"elsewhere{weights.suffix}")
+    capfd.readouterr()
+    walk(name, shapes, elsewhere, tmp_path / "out")
+    assert "clips/s" not in capfd.readouterr().out
+
+
+def test_a_caption_is_kept_once_and_its_clips_share_it(shapes, tmp_path):
+    videos = (f"catalog.csv={shapes}/videos.csv", f"catalog.videos={shapes}/videos")
+    config = load(None, [f"out={tmp_path}", *SETTINGS, *videos, "family.name=i2vgenxl", "generate.rows={}"])
+    build_cache(config)
+    cache = read_cache(config)
+    for part in cache.content["parts"]:
+        table = open_part(cache, part["name"]).read_all()
+        column = table["text"].combine_chunks()
+        assert len(column.dictionary) == len(set(table["caption"].to_pylist())) < len(table)
+
+
+def test_the_deviation_of_the_posterior_counts_in_the_initial_noise(shapes, tmp_path):
+    videos = (f"catalog.csv={shapes}/videos.csv", f"catalog.videos={shapes}/videos", "family.name=videocrafter1")
+    traces = {}
+    for kind in ("mode", "mean_std"):
+        overrides = [f"out={tmp_path / kind}", *SETTINGS, *videos, "generate.rows={}", f"family.latents={kind}"]
+        config = load(None, overrides)
+        build_cache(config)
+        make_initial_noise(config)
+        traces[kind] = read_initial_noise(config)[0]
+    assert torch.equal(traces["mode"].mean, traces["mean_std"].mean)
+    assert traces["mean_std"].variance > 1.01 * traces["mode"].variance

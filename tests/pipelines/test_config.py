@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from cil import TimeNoise
 from pipelines.config import load
 from pipelines.errors import UserError
 
@@ -139,5 +140,5 @@ def test_the_paper_study_has_the_arms_and_at_least_three_paired_seeds():
 
 def test_timenoise_and_naive_differ_in_one_word():
     naive, timenoise = (load(None, [f"finetune.row.conditioning.kind={kind}"]) for kind in ("none", "timenoise"))
-    rows = [c.training_rows()["base"].shaping() for c in (naive, timenoise)]
+    rows = [c.training_rows()["base"].shaping(TimeNoise(1)) for c in (naive, timenoise)]
     assert [key for key in rows[0] if rows[0][key] != rows[1][key]] == ["conditioning"]

@@ -2,9 +2,12 @@ import math
 
 import pytest
 
-from cil import VP, CleanCondition, ConstantNoise, TimeNoise
+from cil import CleanCondition, ConstantNoise, TimeNoise
+from cil.families import load
 from pipelines.config import ConditioningConfig, RowConfig
 from pipelines.finetune import conditioning_noise, describe_noise, learning_rate
+
+TOY = load("toy")
 
 
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_as_a_cosine():
@@ -16,23 +19,29 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_as_a_cosine():
 
 
 def test_one_word_chooses_the_conditioning_noise():
-    assert conditioning_noise(ConditioningConfig(kind="none")) == CleanCondition()
-    assert conditioning_noise(ConditioningConfig(kind="timenoise", beta_m=2, a=3)) == TimeNoise(2, 3)
-    assert conditioning_noise(ConditioningConfig(kind="constant", level=0.7)) == ConstantNoise(0.7)
+    assert conditioning_noise(ConditioningConfig(kind="none"), TOY) == CleanCondition()
+    assert conditioning_noise(ConditioningConfig(kind="timenoise", beta_m=2, a=3), TOY) == TimeNoise(2, 3)
+    assert conditioning_noise(ConditioningConfig(kind="constant", level=0.7), TOY) == ConstantNoise(0.7)
+
+
+@pytest.mark.parametrize(("name", "beta_m"), [("toy", 1), ("dynamicrafter", 25), ("videocrafter1", 100), ("svd", 15)])
+def test_timenoise_is_the_familys_where_no_other_is_asked_for(name, beta_m):
+    family = load(name)
+    assert conditioning_noise(ConditioningConfig(kind="timenoise"), family) == TimeNoise(beta_m, 5)
+    assert conditioning_noise(ConditioningConfig(kind="timenoise", a=2), family) == TimeNoise(beta_m, 2)
 
 
 def test_the_constant_control_has_the_mean_level_of_the_timenoise_it_controls():
-    control = conditioning_noise(ConditioningConfig(kind="constant", beta_m=2, a=3))
+    control = conditioning_noise(ConditioningConfig(kind="constant", beta_m=2, a=3), TOY)
     assert control == ConstantNoise(TimeNoise(2, 3).mean_level())
 
 
 def test_what_timenoise_is_over_the_training_times_is_said_and_warned_of_where_it_is_constant():
-    process = VP()
-    flat = describe_noise(ConditioningConfig(kind="timenoise", a=100), process)
-    moving = describe_noise(ConditioningConfig(kind="timenoise"), process)
+    flat = describe_noise(ConditioningConfig(kind="timenoise", a=100), TOY)
+    moving = describe_noise(ConditioningConfig(kind="timenoise"), TOY)
     assert "WARNING: it cannot be told from `constant`" in flat
     # 2 (1/2)^5 - 1 at the median of t, and Var(2 t^5) = 4 (1/11 - 1/36) of Var + 1.
     assert "mu(t) -1 / -0.938 / 0.54" in moving
     assert "t explains 20.2% of the level" in moving or "t explains 20.1% of the level" in moving
     assert "WARNING" not in moving
-    assert describe_noise(ConditioningConfig(), process) == ""
+    assert describe_noise(ConditioningConfig(), TOY) == ""

@@ -1,0 +1,54 @@
+"""The family that a configuration names, with its published weights; what of it shapes an artifact."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cil import families
+from cil.families import Family
+from pipelines import storage
+from pipelines.artifact import Manifest
+from pipelines.config import Config
+from pipelines.errors import UserError
+
+
+def family_of(config: Config) -> Family:
+    told = config.family.model_dump()
+    with refusing_weights():
+        for name in ("weights", "tokenizer"):
+            if told[name]:
+                told[name] = str(storage.kept_copy(told[name]))
+        return families.load(**told)
+
+
+@contextmanager
+def refusing_weights() -> Iterator[None]:
+    """What is wrong with a family's files is for the user to mend."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"family: {error}") from None
+
+
+def encoder_of(family: Family) -> str:
+    """A digest of what is frozen: it reads the published weights."""
+    with refusing_weights():
+        return family.encoder_identity
+
+
+def shape_of(family: Family) -> dict[str, Any]:
+    return {"name": family.name, "frames": family.frames, "height": family.height, "width": family.width}
+
+
+def family_code(family: Family) -> tuple[str, ...]:
+    """The modules in which a family's functions stand."""
+    return ("cil.families.base", f"cil.families.{family.name}", *family.modules)
+
+
+def refuse_other_family(made: Manifest, config: Config) -> None:
+    wanted = config.family.model_dump() | shape_of(family_of(config))
+    for key, value in made.identity["family"].items():
+        if wanted[key] != value:
+            raise UserError(
+                f"the {made.kind} at {made.uri} is for family.{key}={value}, not {wanted[key]}: set it, or `out`"
+            )
