@@ -8,7 +8,8 @@ and image tokens too), and attention over frames. Tensors inside are [(B T), C, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from einops import rearrange
@@ -57,11 +58,12 @@ class Attention(nn.Module):
             k, v = self._heads(self.to_k_ip(tokens)), self._heads(self.to_v_ip(tokens))
             seen = F.scaled_dot_product_attention(q, k, v)
             attended = attended + (seen if self.alpha is None else seen * (self.alpha.tanh() + 1))
-        answer: Tensor = self.to_out(rearrange(attended, "n g l d -> n l (g d)"))
+        answer: Tensor = self.to_out(attended.transpose(1, 2).flatten(2))
         return answer
 
     def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "n l (g d) -> n g l d", g=self.heads)
+        """[N, L, heads * D] -> [N, heads, L, D]. einops, here, would double what torch.compile takes to trace."""
+        return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class GEGLU(nn.Module):
@@ -149,6 +151,15 @@ class FrameConv(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, T, H, W]
         return F.conv2d(x.flatten(3), self.weight.flatten(3), self.bias, padding=(1, 0)).reshape(x.shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Whatever `to` does to the weight is done to it as it is used: torch.channels_last is for four dimensions."""
+
+        def in_four(tensor: Tensor) -> Tensor:
+            return fn(tensor.flatten(3)).view(tensor.shape) if tensor.dim() == 5 else fn(tensor)
+
+        super()._apply(in_four, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class TemporalConvs(nn.Module):

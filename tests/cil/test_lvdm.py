@@ -233,3 +233,51 @@ def test_a_frames_image_tokens_reach_that_frame_by_attention_over_space_only():
         change = (net(x, torch.tensor([5]), context) - net(x, torch.tensor([5]), other)).abs().amax((0, 2, 3, 4))
     assert change[2] > 1e-3
     assert change[[0, 1, 3]].max() == 0
+
+
+@pytest.fixture
+def tiny() -> tuple[LVDMUNet, tuple[Tensor, Tensor, Tensor]]:
+    """A UNet with a way down and up, and what it is called with."""
+    torch.manual_seed(0)
+    net = LVDMUNet(8, 4, 32, (1, 1), 1, (2,), 8, context_dim=32, tokens_per_frame=2).eval()
+    return net, (torch.randn(2, 4, 8, 8, 12), torch.tensor([5, 900]), torch.randn(2, 77 + 4 * 2, 32))
+
+
+@torch.no_grad()
+def test_the_unet_compiles_to_one_graph_that_answers_the_same(tiny):
+    """`fullgraph` refuses a break. What a backend makes of the graph is the backend's."""
+    net, inputs = tiny
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), net(*inputs), rtol=0, atol=NETWORK)
+
+
+def test_the_unet_takes_channels_last_and_trains_in_it(tiny):
+    net, inputs = tiny
+    before = net(*inputs)
+    before.square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in net.named_parameters()}
+    shapes_before = shapes(net)
+    net.to(memory_format=torch.channels_last)
+    assert shapes(net) == shapes_before
+    weight = net.input_blocks[1][0].temopral_conv.conv1[-1].weight
+    assert weight.stride(1) == 1
+    assert not weight.is_contiguous()
+    net.zero_grad()
+    after = net(*inputs)
+    after.square().mean().backward()
+    torch.testing.assert_close(after, before, rtol=0, atol=NETWORK)
+    for name, p in net.named_parameters():
+        told = f"{name}: {{}}".format
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-3, atol=NETWORK, msg=told)
+    net.to(memory_format=torch.contiguous_format)
+    assert weight.is_contiguous()
+
+
+@torch.no_grad()
+def test_the_unet_runs_in_bfloat16_throughout(tiny):
+    net, (x, t, context) = tiny
+    wanted = net(x, t, context)
+    found = net.to(torch.bfloat16)(x.bfloat16(), t, context.bfloat16())
+    assert found.dtype == torch.bfloat16
+    # 8 bits of mantissa: rounding weights and inputs alone makes .01 of it here.
+    assert float((found.float() - wanted).norm() / wanted.norm()) < 3e-2

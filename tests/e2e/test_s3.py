@@ -55,6 +55,27 @@ def test_files_are_written_listed_and_read(endpoint):
     assert storage.read("s3://webvid/a/b.bin") == b"12"
 
 
+def test_weights_are_copied_once_for_each_version_of_them(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    storage.write("s3://webvid/model/unet/a.safetensors", b"1")
+    storage.write("s3://webvid/model/vae/b.safetensors", b"2")
+    storage.write("s3://webvid/model.ckpt", b"3")
+    folder = storage.kept_copy("s3://webvid/model")
+    assert {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()} == {
+        "unet/a.safetensors": b"1",
+        "vae/b.safetensors": b"2",
+    }
+    file = storage.kept_copy("s3://webvid/model.ckpt")
+    assert (file.name, file.read_bytes()) == ("model.ckpt", b"3")
+    (folder / "mark").touch()
+    assert (storage.kept_copy("s3://webvid/model") / "mark").exists()  # not copied again
+    storage.write("s3://webvid/model/unet/a.safetensors", b"4")
+    assert (storage.kept_copy("s3://webvid/model") / "unet/a.safetensors").read_bytes() == b"4"
+    assert not list((tmp_path / "cil").glob(".unfinished-*"))
+    with pytest.raises(FileNotFoundError, match="there is nothing"):
+        storage.kept_copy("s3://webvid/none")
+
+
 def test_files_in_folders_are_put_and_copied_back(endpoint, tmp_path):
     (tmp_path / "local").write_bytes(b"weights")
     storage.put(tmp_path / "local", "s3://webvid/weights/unet/model.safetensors")
