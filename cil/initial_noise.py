@@ -66,15 +66,19 @@ class InitialNoise:
             raise ValueError(f"facts: {', '.join(sorted(taken))} are names of figures")
 
     @classmethod
-    def from_moments(cls, *groups: Moments, **facts: str) -> "InitialNoise":
+    def from_moments(cls, *groups: Moments, counted: Tensor | None = None, **facts: str) -> "InitialNoise":
         """Of moments, in one or in several groups that share no video: standard errors are told by several.
+
+        `counted` [H, W] is true outside a watermark, say: what lies inside gets the mean and the spread of the rest.
 
         The errors are a jackknife over groups, each left out in turn, and so need no assumption on how clips of a video
         or elements of a latent hang together. With one group only that of the mean is known, as of independent samples.
         """
         total = Moments.merged(groups)
         said = {name: str(fact) for name, fact in facts.items()}
-        noise = cls(total.mean, total.trace_cov_per_dim, total.variance, total.count, facts=said)
+        shown = total if counted is None else total.without(counted)
+        noise = cls(shown.mean, shown.trace_cov_per_dim, shown.variance, total.count, facts=said)
+        where = slice(None) if counted is None else counted
         groups = tuple(group for group in groups if group.count)
         if len(groups) < 2:
             alone = noise.count < 2  # says nothing of its own spread
@@ -86,14 +90,16 @@ class InitialNoise:
             delta = (group.mean - total.mean) + (group.rest - total.rest)
             shifts.append(-delta * (group.count / left))  # of the mean without this group
             m2 = total.m2 - group.m2 - delta**2 * (group.count * total.count / left)
-            variances.append(float(m2.mean()) / left)
+            variances.append(float(m2[..., where].mean()) / left)
         middle = torch.stack(shifts).mean(0)
         for shift in shifts:
             squares += (shift - middle) ** 2
         share = (len(groups) - 1) / len(groups)
         spread = torch.tensor(variances, dtype=torch.float64).sub(sum(variances) / len(variances)).square().sum()
         return replace(
-            noise, mean_error=float((share * squares).mean()) ** 0.5, variance_error=float(share * spread) ** 0.5
+            noise,
+            mean_error=float((share * squares[..., where]).mean()) ** 0.5,
+            variance_error=float(share * spread) ** 0.5,
         )
 
     @classmethod

@@ -1,5 +1,6 @@
 """Mean and variance per element of more latents than fit in memory, exact in float64."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+Region = tuple[float, float, float, float]  # top, left, bottom, right, as shares of height and width
 BLOCK = 2**18  # float64 elements at once: what a core's cache holds
 
 
@@ -93,6 +95,19 @@ class Moments:
         rest = (self.mean - (mean - back)) + (step - back)
         return Moments(count, mean, rest, self.m2 + other.m2 + delta**2 * (self.count * share))
 
+    def without(self, counted: Tensor) -> "Moments":
+        """As if elements [..., H, W] that do not count had the mean and the spread of those beside them that do.
+
+        `counted` [H, W] is true where they do: outside a watermark, which stands in every sample.
+        """
+
+        def filled(x: Tensor) -> Tensor:
+            return torch.where(counted, x, x[..., counted].mean(-1)[..., None, None])
+
+        if not counted.any():
+            raise ValueError("counted: nothing is left")
+        return Moments(self.count, filled(self.mean), filled(self.rest), filled(self.m2))
+
     @property
     def variance(self) -> Tensor:
         """Population variance per element: the diagonal of Cov."""
@@ -116,3 +131,12 @@ class Moments:
             return cls(int(state["count"]), state["mean"], state["rest"], state["m2"])
         except (safetensors.SafetensorError, KeyError) as error:
             raise ValueError(f"not moments: {error}") from None
+
+
+def outside(regions: Iterable[Region], height: int, width: int) -> Tensor:
+    """[height, width], true where a cell touches none of the regions."""
+    counted = torch.ones(height, width, dtype=torch.bool)
+    for top, left, bottom, right in regions:
+        rows = slice(math.floor(top * height), math.ceil(bottom * height))
+        counted[rows, math.floor(left * width) : math.ceil(right * width)] = False
+    return counted

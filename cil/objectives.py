@@ -45,6 +45,7 @@ class Objective:
 
     conditioning: ConditioningNoise = field(default_factory=CleanCondition)
     drops: Drops = field(default_factory=Drops)
+    counted: Tensor | None = None  # [h, w], 1 where a latent counts in the loss and 0 where it does not; none: all
 
     def __call__(self, family: Family, net: nn.Module, batch: Mapping[str, Tensor], draws: Draws) -> Losses:
         process = family.process
@@ -59,6 +60,9 @@ class Objective:
         condition = family.drop(condition, dropped)
         answer = family.denoise(net, process.add_noise(x0, eps, t), t, condition)
         error = (answer - process.target(family.prediction, x0, eps, t)) ** 2
+        if self.counted is not None:
+            counted = self.counted.to(error)
+            error = error * counted / counted.mean()
         return Losses(family.loss_weight(t) * error.flatten(1).mean(1), t, level)
 
 

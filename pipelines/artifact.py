@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pipelines import storage
 from pipelines.errors import UserError
@@ -101,8 +101,7 @@ def read_manifest(uri: str, kind: str) -> Manifest:
     """The manifest of a finished artifact, refused in one line where there is none."""
     path = storage.join(uri, "manifest.json")
     if not storage.exists(path):
-        state = "is unfinished" if storage.exists(storage.join(uri, "plan.json")) else "does not exist"
-        raise UserError(f"the {kind} at {uri} {state}: run the job that makes it ({MADE_BY[kind]}) first")
+        refuse_unfinished(uri, kind)
     body = _read_json(path)
     if body["kind"] != kind or body["schema_version"] != SCHEMA_VERSION:
         found = f"{body['kind']}, schema {body['schema_version']}"
@@ -110,9 +109,15 @@ def read_manifest(uri: str, kind: str) -> Manifest:
     return Manifest(uri, kind, body["fingerprint"], body["identity"], body["counts"], body["content"])
 
 
+def refuse_unfinished(uri: str, kind: str) -> NoReturn:
+    state = "is unfinished" if storage.exists(storage.join(uri, "plan.json")) else "does not exist"
+    raise UserError(f"the {kind} at {uri} {state}: run the job that makes it ({MADE_BY[kind]}) first")
+
+
 MADE_BY = {
     "shapes": "jobs.make_shapes",
     "latent cache": "jobs.build_cache",
+    "snapshot": "jobs.build_cache",
     "initial noise": "jobs.initial_noise",
     "weights": "jobs.finetune",
     "videos": "jobs.generate",

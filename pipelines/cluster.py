@@ -27,10 +27,14 @@ def connect() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def cpus() -> int:
+def workers(gpus: float = 0) -> int:
+    """How many the cluster has room for, of a CPU each, or of so many GPUs."""
     import ray
 
-    return int(ray.cluster_resources().get("CPU", 1))
+    have = ray.cluster_resources()
+    if gpus and not have.get("GPU", 0) >= gpus:
+        raise UserError(f"cache.gpus={gpus}: the cluster has {have.get('GPU', 0):g} GPUs; 0 encodes on CPUs")
+    return int(have["GPU"] / gpus if gpus else have.get("CPU", 1))
 
 
 def refuse_unplaceable(workers: int, gpu: bool) -> None:

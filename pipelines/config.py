@@ -41,6 +41,16 @@ Uri = Annotated[str, AfterValidator(absolute)]
 RowOrUri = Annotated[str, AfterValidator(lambda name: absolute(name) if "/" in name else name)]
 
 
+def inside(region: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    top, left, bottom, right = region
+    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+        raise ValueError("[top, left, bottom, right], each 0..1, top above bottom and left before right")
+    return region
+
+
+Region = Annotated[tuple[float, float, float, float], AfterValidator(inside)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -88,13 +98,40 @@ class CatalogConfig(Section):
 class CacheConfig(Section):
     """Which clips are taken, and how they become parts of the latent cache."""
 
-    stride: PositiveInt = Field(1, description="source frames from one frame of a clip to the next")
+    stride: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        1, description="source frames from one frame of a clip to the next; [least, most]: drawn for each clip"
+    )
+    fps: PositiveFloat | None = Field(None, description="instead of stride: frames a second that a clip shall have")
     views_per_video: PositiveInt = Field(2, description="clips taken from one video")
+    flip: float = Field(0.0, description="share of the clips that are mirrored", ge=0, le=1)
+    condition: Literal["first", "random"] = Field(
+        "first", description="which frame of a training clip is the conditional image"
+    )
+    crop: Region | None = Field(
+        None, description="what is kept of the picture: [top, left, bottom, right] as shares of it"
+    )
+    watermark: list[Region] = Field(
+        [], description="regions of the clip, as shares of it, which the initial noise does not look at"
+    )
     validation: float = Field(0.05, description="share of the videos held out for validation", ge=0, le=1)
     test: float = Field(0.3, description="share of the videos held out for generating and scoring", ge=0, le=1)
     decoder: Literal["pyav", "decord"] = Field("pyav", description="pyav skips frames that nothing needs: faster")
+    decode_seconds: PositiveFloat = Field(60, description="a video that takes longer to decode is rejected")
     videos_per_part: PositiveInt = Field(100, description="videos in one file of the cache")
+    decoders: PositiveInt = Field(1, description="processes that decode for one encoding worker")
+    gpus: NonNegativeFloat = Field(0, description="GPUs of one encoding worker; 0: a CPU")
+    snapshot: str | None = Field(None, description="which snapshot later jobs use; default: the latest")
     accept_transient: bool = Field(False, description="finish although some videos failed for passing reasons (I/O)")
+
+
+Score = Literal["motion", "scene_cut", "subject_share"]
+Where = dict[Score, tuple[float | None, float | None]]
+
+
+class InitialNoiseConfig(Section):
+    """jobs.initial_noise: which training clips it is made of."""
+
+    where: Where = Field({}, description="only clips with scores in a range: {motion: [0.1, null]}")
 
 
 class ConditioningConfig(Section):
@@ -126,7 +163,9 @@ class RowConfig(Section):
     clip_norm: PositiveFloat = Field(1.0, description="gradients are clipped to this norm")
     ema: float = Field(0.95, description="decay a step of the averaged weights, which are what is exported", ge=0, lt=1)
     drop: float = Field(0.0, description="share of samples trained without condition, for guidance", ge=0, le=1)
-    min_motion: NonNegativeFloat = Field(0.0, description="train only on clips with at least this motion score")
+    where: Where = Field({}, description="train only on clips with scores in a range: {motion: [0.1, null]}")
+    balance: Score | None = Field(None, description="a score of which clips of every size are seen equally often")
+    unmarked: bool = Field(False, description="leave cache.watermark out of the loss")
     conditioning: ConditioningConfig = ConditioningConfig()
 
 
@@ -163,7 +202,7 @@ class GenerateConfig(Section):
 
     clips: PositiveInt = Field(128, description="held-out clips that every row starts from")
     reference: PositiveInt = Field(1024, description="real clips that the Frechet distance is measured to")
-    min_motion: NonNegativeFloat = Field(0.0, description="take only clips with at least this motion score")
+    where: Where = Field({}, description="take only clips with scores in a range: {motion: [0.1, null]}")
     steps: PositiveInt = Field(12, description="DDIM steps")
     clips_per_part: PositiveInt = Field(32, description="clips sampled at once")
     rows: dict[str, GenerateRowConfig] = Field(
@@ -211,6 +250,7 @@ class Config(Section):
     shapes: ShapesConfig = ShapesConfig()
     catalog: CatalogConfig = CatalogConfig()
     cache: CacheConfig = CacheConfig()
+    initial_noise: InitialNoiseConfig = InitialNoiseConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig = ScoreConfig()
@@ -329,6 +369,10 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"finetune.rows.{name}.weights={row.weights}: a row before it ({named}) or a URI (with a /)"
             )
+    if config.cache.fps is not None and config.cache.stride != 1:
+        raise UserError(f"cache.fps={config.cache.fps} and cache.stride={config.cache.stride}: one of the two")
+    if isinstance(config.cache.stride, tuple) and config.cache.stride[0] > config.cache.stride[1]:
+        raise UserError(f"cache.stride={list(config.cache.stride)}: [least, most]")
     if config.cache.validation + config.cache.test >= 1:
         raise UserError("cache.validation + cache.test: below 1, or nothing is left to train on")
     if config.finetune.checkpoint_every % config.finetune.log_every:

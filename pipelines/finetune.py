@@ -19,16 +19,17 @@ from torch import nn
 from cil import CleanCondition, ConstantNoise, Draws, Drops, Objective, TimeNoise, diagnose
 from cil.conditioning import ConditioningNoise
 from cil.families import Family
+from cil.moments import outside
 from cil.objectives import Losses
 from pipelines import cluster, storage
 from pipelines.artifact import Artifact, Identity, Manifest
-from pipelines.cache import read_cache, refuse_other_encoder
+from pipelines.cache import Cache, read_cache, refuse_other_encoder
 from pipelines.config import ConditioningConfig, Config, RowConfig, TrainingRow
 from pipelines.curve import Curve
 from pipelines.errors import Unfinished, UserError
 from pipelines.models import family_of
 from pipelines.progress import Progress
-from pipelines.reader import ClipReader, SampleOrder, lanes
+from pipelines.reader import BalancedOrder, ClipReader, SampleOrder, lanes
 from pipelines.tracking import Run, refuse_unreachable, store_uri
 from pipelines.weights import KIND, load_weights, plan_weights, uri_of, write_weights
 
@@ -41,10 +42,8 @@ def finetune(config: Config) -> dict[str, Manifest]:
     made: dict[str, Artifact] = {}
     for name, row in rows.items():
         made[name] = plan_weights(config, family, name, row, cache, made)
-        clips = len(ClipReader(cache, "train", row.settings.min_motion))
-        if clips == 0:
-            wanted = f"motion >= {row.settings.min_motion}"
-            raise UserError(f"finetune.rows.{name}: no training clip in {cache.uri} has {wanted}")
+        if not len(ClipReader(cache, "train", row.settings.where)):
+            raise UserError(f"finetune.rows.{name}: no training clip in {cache.uri} has {row.settings.where}")
     missing = [name for name in rows if not made[name].finished]
     if not missing:
         print(f"weights: {', '.join(rows)} are finished; nothing to do")
@@ -119,7 +118,7 @@ class RowTrainer:
     """One row on one worker."""
 
     def __init__(
-        self, config: Config, name: str, row: TrainingRow, made: Artifact, cache: Manifest, rank: int, news: Any
+        self, config: Config, name: str, row: TrainingRow, made: Artifact, cache: Cache, rank: int, news: Any
     ) -> None:
         import torch.distributed as dist
 
@@ -127,9 +126,12 @@ class RowTrainer:
         self.row, self.seed = row.settings, row.seed
         self.rank, self.world, self.news = rank, dist.get_world_size(), news
         self.family = family_of(config)
-        self.clips = ClipReader(cache, "train", self.row.min_motion)
-        self.order = SampleOrder(len(self.clips), self.seed)
-        self.objective = Objective(conditioning_noise(self.row.conditioning, self.family), Drops(both=self.row.drop))
+        self.clips = ClipReader(cache, "train", self.row.where)
+        self.order = order_of(self.clips, self.row, self.seed)
+        marked = config.cache.watermark if self.row.unmarked else []
+        counted = outside(marked, *self.family.latent_shape[2:]) if marked else None
+        noise = conditioning_noise(self.row.conditioning, self.family)
+        self.objective = Objective(noise, Drops(both=self.row.drop), counted)
         self.samples = 0  # seen so far, which is also the position in the stream
 
         net = self.family.network(self.seed)
@@ -144,9 +146,10 @@ class RowTrainer:
 
     def train(self) -> None:
         row, settings = self.row, self.config.finetune
-        while self.samples < row.samples:
-            positions = lanes(self.samples, row.batch, self.rank, self.world)
-            losses = self.step(positions)
+        steps = [lanes(s, row.batch, self.rank, self.world) for s in range(self.samples, row.samples, row.batch)]
+        batches = self.clips.ahead([self.order(p) for p in positions] for positions in steps)
+        for positions, batch in zip(steps, batches, strict=True):
+            losses = self.step(positions, batch)
             self.samples += row.batch
             self.curve.add(losses.loss, self.family.process.unit_time(losses.t))
             if self.samples % settings.log_every == 0 or self.samples == row.samples:
@@ -155,8 +158,8 @@ class RowTrainer:
                 self.checkpoint()
         self.finish()
 
-    def step(self, positions: list[int]) -> Losses:
-        batch = {k: v.to(self.device) for k, v in self.clips.batch([self.order(p) for p in positions]).items()}
+    def step(self, positions: list[int], batch: dict[str, torch.Tensor]) -> Losses:
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
         draws = Draws([(self.seed, p) for p in positions], self.device)
         losses = self.objective(self.family, self.engine, batch, draws)
         for group in self.engine.optimizer.param_groups:
@@ -225,6 +228,10 @@ class RowTrainer:
             self.run.finish()
             counts, raw = {"samples": self.samples}, self.engine.module.state_dict()
             write_weights(self.made, self.family, self.ema, raw, counts, clips=len(self.clips))
+
+
+def order_of(clips: ClipReader, row: RowConfig, seed: int) -> SampleOrder | BalancedOrder:
+    return BalancedOrder(clips.values(row.balance), seed) if row.balance else SampleOrder(len(clips), seed)
 
 
 def conditioning_noise(config: ConditioningConfig, family: Family) -> ConditioningNoise:

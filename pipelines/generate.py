@@ -16,7 +16,7 @@ from cil.families import Family
 from cil.families.base import Dropped
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
-from pipelines.cache import read_cache, refuse_other_encoder, snapshot
+from pipelines.cache import Cache, read_cache, refuse_other_encoder
 from pipelines.config import Config, EvaluationRow
 from pipelines.errors import UserError
 from pipelines.initial_noise import read_initial_noise
@@ -85,29 +85,29 @@ def refuse_impossible_starts(config: Config) -> None:
             raise UserError(f"generate.rows.{row.arm}, generate.steps={config.generate.steps}: {error}") from None
 
 
-def choose(config: Config, cache: Manifest, name: str) -> list[int]:
+def choose(config: Config, cache: Cache, name: str) -> list[int]:
     """The clips of a real set, in an order that has nothing to do with their content."""
     wanted = config.generate.clips if name == REAL else config.generate.reference
-    reader = ClipReader(cache, SPLITS[name], config.generate.min_motion)
+    reader = ClipReader(cache, SPLITS[name], config.generate.where)
     order = SampleOrder(len(reader), config.seed)
     numbers = [order(i) for i in range(min(wanted, len(reader)))]
     if len(numbers) < 2:
-        found = f"{len(numbers)} {SPLITS[name]} clips with motion >= {config.generate.min_motion}"
-        raise UserError(f"{cache.uri} has {found}; at least 2 are needed: lower generate.min_motion, or cache more")
+        found = f"{len(numbers)} {SPLITS[name]} clips with scores in {config.generate.where}"
+        raise UserError(f"{cache.uri} has {found}; at least 2 are needed: widen generate.where, or cache more")
     if len(numbers) < wanted:
         print(f"{KIND}: the {name} set has {len(numbers)} clips, not {wanted}: the cache holds no more of them")
     return numbers
 
 
-def _plan(config: Config, family: Family, cache: Manifest, name: str, row: EvaluationRow | None) -> Artifact:
+def _plan(config: Config, family: Family, cache: Cache, name: str, row: EvaluationRow | None) -> Artifact:
     settings = config.generate
     identity: dict[str, Any] = {
         "family": shape_of(family) | {"preset": family.preset},
         "precision": family.options.precision,
-        "cache": snapshot(cache),
+        "cache": cache.fingerprint,
         "seed": config.seed,
         "clips": settings.reference if name == REFERENCE else settings.clips,
-        "min_motion": settings.min_motion,
+        "where": settings.where,
         "code": artifact.code(*CODE, *family_code(family)),
     }
     if row is not None:
@@ -130,7 +130,7 @@ class Sampler:
         self.family = family_of(self.config)
         self.cache = read_cache(self.config)
         self.readers = {
-            name: ClipReader(self.cache, split, self.config.generate.min_motion) for name, split in SPLITS.items()
+            name: ClipReader(self.cache, split, self.config.generate.where) for name, split in SPLITS.items()
         }
         self._net: tuple[tuple[str, bool] | None, nn.Module] = (None, nn.Identity())
 
@@ -138,17 +138,17 @@ class Sampler:
         name, numbers = plan["set"], list(plan["numbers"])
         reader = self.readers[REFERENCE if name == REFERENCE else REAL]
         filled = numbers + numbers[-1:] * (self.config.generate.clips_per_part - len(numbers))
+        known = [reader.known(number) for number in filled]
         if name in SPLITS:
             latents = reader.batch(numbers)["latents"].float()
         else:
-            latents = self.sample(self.rows[name], reader.batch(filled), [reader.ids[n] for n in filled])
-        lines, stride = [], self.cache.identity["cache"]["stride"]
-        for number, frames in zip(numbers, self.family.decode(latents), strict=False):
-            file = f"{reader.ids[number].replace(':', '_')}.mp4"
-            fps = max(round(reader.fps[number] / stride), 1)
+            latents = self.sample(self.rows[name], reader.batch(filled), [clip["clip_id"] for clip in known])
+        lines = []
+        for clip, frames in zip(known[: len(numbers)], self.family.decode(latents), strict=False):
+            file = f"{clip['clip_id'].replace(':', '_')}.mp4"
+            fps = max(round(clip["fps"] / clip["stride"]), 1)
             storage.write(storage.join(plan["folder"], file), encode(frames, fps))
-            line = {"clip_id": reader.ids[number], "file": file, "caption": reader.captions[number], "stride": stride}
-            lines.append(line)
+            lines.append({"file": file} | {name: clip[name] for name in ("clip_id", "caption", "stride")})
         return storage.to_rows(lines), ""
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ from typing import Any
 from cil import families
 from cil.families import Family
 from pipelines import storage
-from pipelines.artifact import Manifest
 from pipelines.config import Config
 from pipelines.errors import UserError
 
@@ -45,10 +44,8 @@ def family_code(family: Family) -> tuple[str, ...]:
     return ("cil.families.base", f"cil.families.{family.name}", *family.modules)
 
 
-def refuse_other_family(made: Manifest, config: Config) -> None:
+def refuse_other_family(kind: str, uri: str, made_for: dict[str, Any], config: Config) -> None:
     wanted = config.family.model_dump() | shape_of(family_of(config))
-    for key, value in made.identity["family"].items():
+    for key, value in made_for.items():
         if wanted[key] != value:
-            raise UserError(
-                f"the {made.kind} at {made.uri} is for family.{key}={value}, not {wanted[key]}: set it, or `out`"
-            )
+            raise UserError(f"the {kind} at {uri} is for family.{key}={value}, not {wanted[key]}: set it, or `out`")

@@ -32,8 +32,12 @@ def make_parts(
     parts: list[Part],
     maker: Callable[..., Maker],
     arguments: dict[str, Any],
+    gpus: float = 0,
 ) -> list[str]:
-    """Have every part made that is not there yet. Answers what the makers said of parts that they could not make."""
+    """Have every part made that is not there yet. Answers what the makers said of parts that they could not make.
+
+    A worker has a CPU, or `gpus` of a GPU.
+    """
     import ray
 
     folders = {posixpath.dirname(part.uri) for part in parts}
@@ -50,8 +54,9 @@ def make_parts(
     made = ray.data.from_items([asdict(part) for part in missing], override_num_blocks=len(missing)).map(
         _PartWriter,  # type: ignore[arg-type]  # Ray takes a class as well
         fn_constructor_args=(maker, arguments),
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.cpus(), len(missing))),
+        compute=ray.data.ActorPoolStrategy(size=min(cluster.workers(gpus), len(missing))),
         num_cpus=1,
+        num_gpus=gpus or None,
     )
     problems = []
     for row in made.iter_rows():

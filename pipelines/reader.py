@@ -1,49 +1,111 @@
-"""Clips of a finished cache by number, and the endless order in which training sees them."""
+"""Clips of a finished cache by number, and the endless order in which training sees them.
 
-import json
-import warnings
-from collections.abc import Sequence
+What is known of clips comes from the snapshot's index, which is mapped into memory; their tensors are read when they
+are asked for, from the place in a part's file that the index tells: of ten million clips as of ten.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from pipelines.artifact import Manifest
-from pipelines.cache import open_part
+from pipelines import storage
+from pipelines.cache import AT_ONCE, Cache, opened
+from pipelines.config import Where
+
+OPEN = 256  # files of parts
+CHUNKS = 8  # sizes of a score that a balanced order tells apart
 
 
 class ClipReader:
-    """The clips of one split, numbered 0..len-1 in the order of their ids. Latents stay in the files till asked for."""
+    """The clips of one split with scores in the ranges of `where`, numbered in the order of their ids."""
 
-    def __init__(self, cache: Manifest, split: str, min_motion: float = 0.0) -> None:
-        self._tensors: list[dict[str, Column]] = []  # of each part
-        found: list[tuple[str, str, float, int, int]] = []
-        for number, part in enumerate(cache.content["parts"]):
-            reader = open_part(cache, part["name"])
-            if reader.num_record_batches == 0:
-                self._tensors.append({})
-                continue
-            table = reader.read_all()
-            layout = _layout(reader.schema)
-            self._tensors.append({name: Column(table[name], *layout[name]) for name in layout})
-            columns = (table[name].to_pylist() for name in ("clip_id", "caption", "fps", "split", "motion"))
-            for row, (clip_id, caption, fps, where, motion) in enumerate(zip(*columns, strict=True)):
-                if where == split and motion >= min_motion:
-                    found.append((clip_id, caption, fps, number, row))
-        found.sort()
-        self.ids = [clip_id for clip_id, *_ in found]
-        self.captions = [caption for _, caption, *_ in found]
-        self.fps = [fps for _, _, fps, *_ in found]
-        self._places = [(number, row) for *_, number, row in found]
+    def __init__(self, cache: Cache, split: str | None, where: Where | None = None) -> None:
+        self._cache, self._where = cache, dict(where or {})
+        self.index = opened(str(storage.kept_copy(cache.index))).read_all()
+        self.rows = np.flatnonzero(selected(self.index, split, self._where))
+        self._part, self._row, self._place = (
+            self.index[name].to_numpy()[self.rows] for name in ("part", "row", "place")
+        )
+        self._frame = self.index["frame"].to_numpy()[self.rows]
+        self._files: OrderedDict[str, int] = OrderedDict()
+        self._pool = ThreadPoolExecutor(AT_ONCE)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.rows)
+
+    def known(self, number: int) -> dict[str, Any]:
+        """Of a clip, all but its tensors."""
+        told: dict[str, Any] = self.index.slice(self.rows[number], 1).to_pylist()[0]
+        return told
+
+    def values(self, column: str) -> np.ndarray:
+        """Of all clips."""
+        values: np.ndarray = self.index[column].to_numpy()[self.rows]
+        return values
 
     def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        places = [self._places[n] for n in numbers]
-        names = self._tensors[places[0][0]]
-        return {name: torch.stack([self._tensors[number][name][row] for number, row in places]) for name in names}
+        """Every tensor of these clips, [B, ...], and `frame`, which of their frames is the conditional image."""
+        layout = self._cache.parts[self._part[numbers[0]]]["tensors"]
+        batch = {
+            name: torch.empty((len(numbers), *told["shape"]), dtype=getattr(torch, told["dtype"]))
+            for name, told in layout.items()
+        }
+        wanted = [(name, number, batch[name][i]) for i, number in enumerate(numbers) for name in layout]
+        if storage.is_local(self._cache.uri):
+            for one in wanted:
+                self._fill(*one)
+        else:
+            list(self._pool.map(lambda one: self._fill(*one), wanted))
+        return batch | {"frame": torch.from_numpy(self._frame[numbers])}
+
+    def ahead(self, batches: Iterable[Sequence[int]], depth: int = 2) -> Iterator[dict[str, Tensor]]:
+        """Batches in order, the next ones read while one is used."""
+        with ThreadPoolExecutor(1) as one:
+            waiting = []
+            for numbers in batches:
+                waiting.append(one.submit(self.batch, numbers))
+                if len(waiting) > depth:
+                    yield waiting.pop(0).result()
+            for future in waiting:
+                yield future.result()
+
+    def _fill(self, name: str, number: int, target: Tensor) -> None:
+        part = self._cache.parts[self._part[number]]
+        told = part["tensors"][name]
+        place = self._row[number] if told["by"] == "row" else self._place[number]
+        memory = target.view(-1).view(torch.uint8).numpy().data
+        begin = told["offset"] + int(place) * len(memory)
+        uri = self._cache.path(part["name"])
+        if not storage.is_local(uri):
+            memory[:] = storage.read_range(uri, begin, len(memory))
+        elif os.preadv(self._file(uri), [memory], begin) != len(memory):
+            raise OSError(f"{uri}: shorter than its index says")
+
+    def _file(self, path: str) -> int:
+        if path in self._files:
+            self._files.move_to_end(path)
+            return self._files[path]
+        if len(self._files) >= OPEN:
+            os.close(self._files.popitem(last=False)[1])
+        self._files[path] = os.open(path, os.O_RDONLY)
+        return self._files[path]
+
+
+def selected(index: pa.Table, split: str | None, where: Where) -> np.ndarray:
+    """Which rows of an index are of the split and have these scores: both ends of a range belong to it."""
+    mask = np.ones(len(index), bool) if split is None else pc.equal(index["split"], split).to_numpy()
+    for score, (least, most) in where.items():
+        values = index[score].to_numpy()
+        mask = mask & (values >= (-np.inf if least is None else least)) & (values <= (np.inf if most is None else most))
+    return mask
 
 
 class SampleOrder:
@@ -61,32 +123,24 @@ class SampleOrder:
         return int(self._permutation[place])
 
 
+class BalancedOrder:
+    """The same, where clips of every size of a score are seen equally often: small ones come again more often.
+
+    Sizes are equal steps of the score between its 1st and its 99th percentile.
+    """
+
+    def __init__(self, scores: np.ndarray, seed: int) -> None:
+        low, high = np.percentile(scores, [1, 99])
+        sizes = np.clip(((scores - low) / max(high - low, 1e-12) * CHUNKS).astype(int), 0, CHUNKS - 1)
+        self._groups = [group for size in range(CHUNKS) if len(group := np.flatnonzero(sizes == size))]
+        self._orders = [SampleOrder(len(group), seed + 1 + i) for i, group in enumerate(self._groups)]
+        self._turns = SampleOrder(len(self._groups), seed)
+
+    def __call__(self, position: int) -> int:
+        group = self._turns(position)
+        return int(self._groups[group][self._orders[group](position // len(self._groups))])
+
+
 def lanes(start: int, batch: int, rank: int, world: int) -> list[int]:
     """The positions of rank r in the batch that starts at `start`: r, r + W, ..."""
     return list(range(start + rank, start + batch, world))
-
-
-def _layout(schema: pa.Schema) -> dict[str, tuple[list[int], str]]:
-    described = json.loads(schema.metadata[b"tensors"])
-    return {name: (tensor["shape"], tensor["dtype"]) for name, tensor in described.items()}
-
-
-class Column:
-    """One tensor of each row of a part: a view of the file's own memory, which is copied by stacking."""
-
-    def __init__(self, column: pa.ChunkedArray, shape: list[int], dtype: str) -> None:
-        array = column.combine_chunks()
-        array = array.chunk(0) if isinstance(array, pa.ChunkedArray) else array
-        self._places: np.ndarray | None = None  # in the dictionary, where rows share their tensors
-        if pa.types.is_dictionary(array.type):
-            self._places, array = array.indices.to_numpy(), array.dictionary
-        _, offsets, data = array.buffers()
-        begin = np.frombuffer(offsets, np.int64, 1, 8 * array.offset)[0]
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        flat = np.frombuffer(data, dtype, len(array) * size // np.dtype(dtype).itemsize, int(begin))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            self._tensors = torch.from_numpy(flat.reshape(len(array), *shape))
-
-    def __getitem__(self, row: int) -> Tensor:
-        return self._tensors[row if self._places is None else int(self._places[row])]

@@ -116,9 +116,15 @@ class DecordDecoder:
 DECODERS: dict[str, type[Decoder]] = {"pyav": PyAVDecoder, "decord": DecordDecoder}
 
 
-def fit(frames: np.ndarray, height: int, width: int) -> Tensor:
-    """Resized to cover height x width with its aspect kept, then cropped to the centre: no bars, no stretching."""
+def fit(frames: np.ndarray, height: int, width: int, crop: tuple[float, float, float, float] | None = None) -> Tensor:
+    """Resized to cover height x width with its aspect kept, then cropped to the centre: no bars, no stretching.
+
+    `crop`: what is kept of the picture before that: top, left, bottom, right, as shares of it.
+    """
     x = torch.from_numpy(frames)
+    if crop is not None:
+        top, left, bottom, right = (round(share * x.shape[1 + i % 2]) for i, share in enumerate(crop))
+        x = x[:, top : max(bottom, top + 1), left : max(right, left + 1)]
     if x.shape[1:3] == (height, width):
         return x
     scale = max(height / x.shape[1], width / x.shape[2])

@@ -10,7 +10,7 @@ from cil.checkpoints import digest
 from cil.families import Family
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
-from pipelines.cache import snapshot
+from pipelines.cache import Cache
 from pipelines.config import PUBLISHED, Config, TrainingRow
 from pipelines.errors import UserError
 from pipelines.models import family_code, refuse_other_family, refusing_weights, shape_of
@@ -26,7 +26,7 @@ def uri_of(config: Config, row: str) -> str:
 
 
 def plan_weights(
-    config: Config, family: Family, name: str, row: TrainingRow, cache: Manifest, parents: dict[str, Artifact]
+    config: Config, family: Family, name: str, row: TrainingRow, cache: Cache, parents: dict[str, Artifact]
 ) -> Artifact:
     """The artifact of a row, whose identity holds that of the weights it starts from."""
     start = row.settings.weights
@@ -41,7 +41,7 @@ def plan_weights(
         "token_noise": family.options.token_noise,
         "row": row.shaping(family.timenoise),
         "parent": parent,
-        "cache": snapshot(cache),
+        "cache": cache.fingerprint,
         "code": artifact.code(*CODE, *family_code(family)),
     }
     return Artifact(uri_of(config, name), KIND, identity)
@@ -67,7 +67,7 @@ def write_weights(
 
 def read_weights(config: Config, row: str) -> Manifest:
     manifest = artifact.read_manifest(uri_of(config, row), KIND)
-    refuse_other_family(manifest, config)
+    refuse_other_family(KIND, manifest.uri, manifest.identity["family"], config)
     return manifest
 
 

@@ -23,6 +23,7 @@ class Clip(NamedTuple):
     fps: float = 24.0  # of the frames taken
     stride: int = 1  # source frames from one to the next
     seed: int = 0  # of what its encoding draws
+    frame: int = 0  # the conditional image
 
 
 class Preset(NamedTuple):
@@ -164,6 +165,14 @@ class Family(ABC):
 
         `averaged`: rather than the raw ones, where a file holds both.
         """
+
+
+def image_latent(batch: Mapping[str, Tensor]) -> Tensor:
+    """[B, C, H, W] of the conditional image, which is one of the clip's frames: the first, unless `frame` [B] says."""
+    latents = batch["latents"].float()
+    if "frame" not in batch:
+        return latents[:, 0]
+    return latents[torch.arange(len(latents), device=latents.device), batch["frame"].long()]
 
 
 def precision_of(net: nn.Module) -> torch.dtype:

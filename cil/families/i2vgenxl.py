@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from cil.checkpoints import load_into, naming, read, write_diffusers
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
-from cil.families.base import Clip, Condition, Dropped, Preset, precision_of
+from cil.families.base import Clip, Condition, Dropped, Preset, image_latent, precision_of
 from cil.families.sd_vae import SDVAEFamily, byte_tokenizer, clip_tokenizer, seeded, tokens_of, with_positions
 from cil.processes import per_sample
 
@@ -242,7 +242,7 @@ class I2VGenXL(SDVAEFamily):
     def condition(
         self, batch: Mapping[str, Tensor], noise: ConditioningNoise, u: Tensor, draws: Draws | None
     ) -> tuple[Condition, Tensor]:
-        first, level = noise(batch["latents"][:, 0].float(), u, draws)
+        first, level = noise(image_latent(batch), u, draws)
         told = {"text": batch["text"].float(), "clip": self.clip(batch), "fps": batch["rate"]}
         return {**told, "image": self._with_positions(first)}, level
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cil.checkpoints import FRAME_STRIDE, compare, load_into, naming, read, renamed, select, write_lvdm
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
-from cil.families.base import Clip, Condition, Dropped, Options, Preset, precision_of
+from cil.families.base import Clip, Condition, Dropped, Options, Preset, image_latent, precision_of
 from cil.families.sd_vae import SDVAEFamily, byte_tokenizer, clip_tokenizer, seeded, tokens_of, with_positions
 from cil.nets.autoencoder import Autoencoder
 from cil.nets.lvdm import TEXT_TOKENS, LVDMUNet, Resampler
@@ -238,7 +238,7 @@ class LVDM(SDVAEFamily):
         condition = {"text": batch["text"].float(), "clip": self.clip(batch), "rate": batch["rate"]}
         level = None
         if self.concatenated:
-            image, level = noise(batch["latents"][:, 0].float(), u, draws, frames=self.frames)
+            image, level = noise(image_latent(batch), u, draws, frames=self.frames)
             condition["image"] = image
         if level is None or self.options.token_noise:
             # The projector is part of the network: what the noise of its tokens is, is said here, and added there.

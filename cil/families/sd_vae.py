@@ -89,8 +89,8 @@ class SDVAEFamily(Family):
 
     @torch.no_grad()
     def encode_frames(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
-        """Latents, the clip's speed, and the first frame: as CLIP's tower sees it, or what the tower says of it."""
-        image = self.as_clip_sees(frames[:, 0])
+        """Latents, the clip's speed, and the image: as CLIP's tower sees it, or what the tower says of it."""
+        image = self.as_clip_sees(torch.stack([each[clip.frame] for each, clip in zip(frames, clips, strict=True)]))
         seen = {"clip": self._clip(image).half().cpu()} if self.options.clip_features else {"image": image}
         return {**self._latents(frames, clips), **seen, "rate": torch.tensor([self._rate(clip) for clip in clips])}
 

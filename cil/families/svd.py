@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cil.checkpoints import load_into, naming, read, read_ema, write_diffusers
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
-from cil.families.base import Clip, Condition, Dropped, Preset, precision_of
+from cil.families.base import Clip, Condition, Dropped, Preset, image_latent, precision_of
 from cil.families.lvdm import stretched
 from cil.families.sd_vae import SDVAEFamily, seeded, with_positions
 from cil.nets.openclip import ImageTower
@@ -130,8 +130,7 @@ class SVD(SDVAEFamily):
     def condition(
         self, batch: Mapping[str, Tensor], noise: ConditioningNoise, u: Tensor, draws: Draws | None
     ) -> tuple[Condition, Tensor]:
-        first = batch["latents"][:, 0].float() / self.scaling_factor
-        image, level = noise(first, u, draws, frames=self.frames)
+        image, level = noise(image_latent(batch) / self.scaling_factor, u, draws, frames=self.frames)
         # SVD counts frames per second from 0.
         ids = torch.stack([batch["rate"] - 1, torch.full_like(level, MOTION_BUCKET), level], dim=1)
         return {"image": image, "clip": self.clip(batch)[:, None], "ids": ids}, level

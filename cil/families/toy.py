@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cil.checkpoints import read, write_safetensors
 from cil.conditioning import ConditioningNoise, TimeNoise
 from cil.draws import Draws
-from cil.families.base import Clip, Condition, Family, Options, Preset
+from cil.families.base import Clip, Condition, Family, Options, Preset, image_latent
 from cil.nets.toy import ToyNet
 from cil.processes import VP, Prediction
 
@@ -78,7 +78,7 @@ class Toy(Family):
     def condition(
         self, batch: Mapping[str, Tensor], noise: ConditioningNoise, u: Tensor, draws: Draws | None
     ) -> tuple[Condition, Tensor]:
-        image, level = noise(batch["latents"][:, 0].float(), u, draws)
+        image, level = noise(image_latent(batch), u, draws)
         return {"image": image}, level
 
     def denoise(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -1,0 +1,194 @@
+"""One part of a cache, made by a worker: its videos decoded, encoded by the family and scored.
+
+A part is three files. `NAME.arrow` holds the clips with their tensors, `NAME.moments` those of its training clips, and
+`NAME.index`, written last, everything but the tensors: a part that has an index is whole.
+"""
+
+import hashlib
+import json
+from bisect import bisect_left
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cil.families.base import Clip
+from cil.metrics.motion import motion_score
+from cil.moments import Moments
+from pipelines import storage
+from pipelines.catalog import Catalog, Video
+from pipelines.config import Config
+from pipelines.models import family_of
+from pipelines.video import DECODERS, BadVideo, fit
+from pipelines.views import View, split_of, unit, views_of
+
+REJECTED = pa.schema(
+    [(name, pa.string()) for name in ("videoid", "stage", "reason", "message")] + [("clips", pa.int32())]
+)
+CLIP = pa.schema(
+    {
+        "clip_id": pa.string(),
+        "videoid": pa.string(),
+        "view": pa.int32(),
+        "caption": pa.string(),
+        "split": pa.string(),
+        "frame_indices": pa.list_(pa.int32()),
+        "flip": pa.bool_(),
+        "frame": pa.int32(),
+        "fps": pa.float32(),
+        "stride": pa.int32(),
+        "motion": pa.float32(),
+    }
+)
+
+
+class PartMaker:
+    """Made once a worker, then called with the videos of a part; answers the bytes of its index.
+
+    What is rejected has a reason. `io` is transient, tried again on the next run. The others would stay as they are:
+    missing, unsafe_name, duplicate_id, too_short, no_frame_rate, not_finite, and those of a decoder (video.REASONS).
+    """
+
+    def __init__(self, config: dict[str, Any], folder: str, catalog: Any) -> None:
+        """`catalog`: a Catalog, or the place in Ray's store where workers of a node share one."""
+        import ray
+
+        self.config, self.folder = Config.model_validate(config), folder
+        self.catalog: Catalog = ray.get(catalog) if isinstance(catalog, ray.ObjectRef) else catalog
+        self.family = family_of(self.config)
+
+    def __call__(self, plan: dict[str, Any]) -> tuple[bytes | None, str]:
+        rows: list[dict[str, Any]] = []
+        rejects: list[dict[str, Any]] = []
+        self.captions: dict[str, dict[str, torch.Tensor]] = {}  # of this part
+        for video in self.catalog.videos(plan["start"], plan["stop"]):
+            stage = "read"
+            try:
+                data = self._read(video)
+                stage = "decode"
+                clips = self._decode(video, data)
+                stage = "encode"
+                rows += [self._encode(video, number, *clip) for number, clip in enumerate(clips)]
+            except BadVideo as error:
+                rejects.append(self._reject(video, stage, error.reason, str(error)))
+            except OSError as error:
+                rejects.append(self._reject(video, stage, "io", f"{type(error).__name__}: {error}"))
+        transient = [reject for reject in rejects if reject["reason"] == "io"]
+        if transient and not self.config.cache.accept_transient:
+            return None, f"{transient[0]['videoid']}: {transient[0]['message']}"
+        return self._write(plan["name"], rows, rejects), ""
+
+    def _read(self, video: Video) -> bytes:
+        if video.problem:
+            raise BadVideo(video.problem, f"videoid {video.videoid!r}, file {' or '.join(video.sources)!r}")
+        for source in video.sources:
+            if storage.exists(source):
+                return storage.read(source) if video.size < 0 else storage.read_range(source, video.offset, video.size)
+        raise BadVideo("missing", f"there is no {' or '.join(video.sources)}")
+
+    def _decode(self, video: Video, data: bytes) -> list[tuple[torch.Tensor, View, float]]:
+        """Frames of every view; the video's frames are decoded once for all views."""
+        family = self.family
+        decoder = DECODERS[self.config.cache.decoder](data)
+        views = views_of(self.config, video.videoid, decoder.count, decoder.fps, family.frames)
+        wanted = sorted({i for view in views for i in view.indices})
+        frames = fit(decoder.frames(wanted), family.height, family.width, self.config.cache.crop)
+        clips = [frames[np.searchsorted(wanted, view.indices)] for view in views]
+        return [
+            (clip.flip(2) if view.flip else clip, view, decoder.fps) for clip, view in zip(clips, views, strict=True)
+        ]
+
+    def _encode(self, video: Video, number: int, frames: torch.Tensor, view: View, fps: float) -> dict[str, Any]:
+        clip_id = f"{video.videoid}:{number}"
+        seed = int(unit(self.config.seed, clip_id, "encoding") * 2**53)
+        known = Clip(video.caption, fps / view.stride, view.stride, seed, view.frame)
+        # One clip and one caption a call: the call's shape is part of the plan.
+        tensors = self.family.encode_frames(frames[None], [known])
+        if video.caption not in self.captions:
+            self.captions[video.caption] = self.family.encode_captions([video.caption])
+        if not all(torch.isfinite(t).all() for t in [*tensors.values(), *self.captions[video.caption].values()]):
+            raise BadVideo("not_finite", f"the encoder gave NaN or inf for view {number}")
+        return {
+            "clip_id": clip_id,
+            "videoid": video.videoid,
+            "view": number,
+            "caption": video.caption,
+            "split": split_of(self.config, video.videoid),
+            "frame_indices": view.indices,
+            "flip": view.flip,
+            "frame": view.frame,
+            "fps": fps,
+            "stride": view.stride,
+            "motion": motion_score(frames),
+            "tensors": {name: tensor[0] for name, tensor in tensors.items()},
+        }
+
+    def _reject(self, video: Video, stage: str, reason: str, message: str) -> dict[str, Any]:
+        clips = self.config.cache.views_per_video
+        return {"videoid": video.videoid, "stage": stage, "reason": reason, "clips": clips, "message": message[:500]}
+
+    def _write(self, name: str, rows: list[dict[str, Any]], rejects: list[dict[str, Any]]) -> bytes:
+        known = pa.Table.from_pylist([{key: row[key] for key in CLIP.names} for row in rows], CLIP)
+        captions = sorted(self.captions)
+        places = [bisect_left(captions, row["caption"]) for row in rows]
+        columns, layout = {}, {}
+        for tensor in rows[0]["tensors"] if rows else ():
+            values = [row["tensors"][tensor] for row in rows]
+            columns[tensor], layout[tensor] = _binary(values), _layout(tensor, values[0], "row")
+        for tensor in self.captions[captions[0]] if rows else ():
+            # Each caption's once, and in a row its place.
+            values = [self.captions[caption][tensor][0] for caption in captions]
+            columns[tensor] = pa.DictionaryArray.from_arrays(pa.array(places, pa.int32()), _binary(values))
+            layout[tensor] = _layout(tensor, values[0], "place")
+        table = pa.table({**dict(zip(CLIP.names, known.columns, strict=True)), **columns})
+        data = _ipc(table.replace_schema_metadata({"tensors": json.dumps(layout)}))
+        for tensor, begin in _offsets(data, layout).items():
+            layout[tensor]["offset"] = begin
+
+        moments = self._moments([row for row in rows if row["split"] == "train"]).to_bytes()
+        storage.write(storage.join(self.folder, f"{name}.arrow"), data)
+        storage.write(storage.join(self.folder, f"{name}.moments"), moments)
+        said = {
+            "tensors": json.dumps(layout),
+            "rejects": json.dumps(rejects),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "moments_sha256": hashlib.sha256(moments).hexdigest(),
+            "bytes": str(len(data)),
+        }
+        index = known.drop_columns(["frame_indices"]).append_column("place", pa.array(places, pa.int32()))
+        return _ipc(index.replace_schema_metadata(said))
+
+    def _moments(self, rows: list[dict[str, Any]]) -> Moments:
+        if not rows:
+            return Moments.zeros(self.family.latent_shape)
+        of = {name: torch.stack([row["tensors"][name] for row in rows]) for name in rows[0]["tensors"]}
+        return Moments.of(of["latents"], [row["clip_id"] for row in rows], of.get("latents_std"))
+
+
+def _binary(tensors: list[torch.Tensor]) -> pa.Array:
+    return pa.array([t.contiguous().numpy().tobytes() for t in tensors], pa.large_binary())
+
+
+def _layout(name: str, tensor: torch.Tensor, by: str) -> dict[str, Any]:
+    assert name not in CLIP.names, f"{name} is a column of every cache: the family must call its tensor otherwise"
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "by": by}
+
+
+def _ipc(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return sink.getvalue().to_pybytes()
+
+
+def _offsets(data: bytes, names: dict[str, Any]) -> dict[str, int]:
+    """Where in the file each column's first tensor begins; the others follow without gaps."""
+    whole = pa.py_buffer(data)
+    file = pa.ipc.open_file(whole)
+    found = {}
+    for name in names:
+        array = file.get_batch(0).column(name)
+        array = array.dictionary if pa.types.is_dictionary(array.type) else array
+        found[name] = array.buffers()[2].address - whole.address
+    return found
