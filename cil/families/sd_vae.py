@@ -63,7 +63,9 @@ class SDVAEFamily(Family):
     def frozen(self) -> Mapping[str, Any]:
         models = self._frozen()
         for name, model in models.items():
-            model.requires_grad_(False).eval().to(self._precision(name))
+            model.requires_grad_(False).eval()
+            if model.dtype != self._precision(name):
+                model.to(self._precision(name))
         return models
 
     def _precision(self, model: str) -> torch.dtype:
@@ -77,9 +79,9 @@ class SDVAEFamily(Family):
             return f"{self.name}-{self.preset}-random"
         held = {f"{model}.{name}": t for model, part in self.frozen.items() for name, t in part.state_dict().items()}
         words = hashlib.sha256()
-        for name in sorted({name for kind in VOCABULARIES for name in kind}) if self.vocabulary else ():
-            file = Path(self.vocabulary or "", name)
-            words.update(name.encode() + file.read_bytes() if file.is_file() else b"")
+        for file in sorted(Path(self.vocabulary).glob("*")) if self.vocabulary else ():
+            if file.suffix in (".json", ".txt"):
+                words.update(file.name.encode() + file.read_bytes())
         return f"{self.name}-{self.preset}-{digest(held)}-{words.hexdigest()[:8]}"
 
     @property
