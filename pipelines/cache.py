@@ -25,12 +25,12 @@ from pipelines.artifact import Artifact, Manifest
 from pipelines.catalog import Video, read_catalog
 from pipelines.config import Config
 from pipelines.errors import Unfinished, UserError
-from pipelines.models import encoder_of, family_code, family_of, refuse_other_family, shape_of
+from pipelines.models import encoder_of, encoding_code, family_of, refuse_other_family, shape_of
 from pipelines.parts import Part, chunks, make_parts
 from pipelines.video import DECODERS, BadVideo, fit
 
 KIND = "latent cache"
-CODE = ("pipelines.cache", "pipelines.catalog", "pipelines.video", "cil.metrics.motion", "cil.moments")
+CODE = ("pipelines.cache", "pipelines.catalog", "pipelines.video", "cil.metrics.motion", "cil.moments", "cil.draws")
 
 
 def build_cache(config: Config) -> Manifest:
@@ -46,11 +46,10 @@ def build_cache(config: Config) -> Manifest:
         "seed": config.seed,
         "family": shape_of(family) | {"latents": config.family.latents, "clip_features": config.family.clip_features},
         "encoder": encoder_of(family),
-        "precision": config.family.precision,
         "cache": config.cache.model_dump(
             include={"stride", "views_per_video", "validation", "test", "videos_per_part"}
         ),
-        "code": artifact.code(*CODE, *family_code(family)),
+        "code": artifact.code(*CODE, *encoding_code(family)),
     }
     cache = Artifact(storage.join(config.out, "cache"), KIND, identity)
     if cache.finished:
@@ -186,7 +185,8 @@ class PartMaker:
         moments = Moments.zeros(self.family.latent_shape)
         training = [row for row in rows if row["split"] == "train"]
         if training:
-            of = {name: torch.stack([row["tensors"][name] for row in training]) for name in training[0]["tensors"]}
+            kept = [name for name in ("latents", "latents_std") if name in training[0]["tensors"]]
+            of = {name: torch.stack([row["tensors"][name] for row in training]) for name in kept}
             moments = Moments.of(of["latents"], [row["clip_id"] for row in training], of.get("latents_std"))
         columns: dict[str, pa.Array] = {
             name: pa.array([r[name] for r in rows], kind) for name, kind in CLIP_SCHEMA.items()
@@ -265,8 +265,8 @@ def refuse_other_encoder(cache: Manifest, family: Family) -> None:
     """Where latents are to be trained on or decoded, by other frozen weights than those that made them."""
     if (mine := encoder_of(family)) != cache.identity["encoder"]:
         raise UserError(
-            f"the cache at {cache.uri} was encoded by {cache.identity['encoder']}, and family.weights holds {mine}: "
-            "name the weights that it was made with, or another `out`"
+            f"the cache at {cache.uri} was encoded by {cache.identity['encoder']}, and family.weights, tokenizer and "
+            f"precision make {mine}: name those that it was made with, or another `out`"
         )
 
 

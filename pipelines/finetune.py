@@ -30,7 +30,7 @@ from pipelines.models import family_of
 from pipelines.progress import Progress
 from pipelines.reader import ClipReader, SampleOrder, lanes
 from pipelines.tracking import Run, refuse_unreachable, store_uri
-from pipelines.weights import KIND, load_weights, plan_weights, uri_of, write_weights
+from pipelines.weights import KIND, network_of, plan_weights, uri_of, write_weights
 
 
 def finetune(config: Config) -> dict[str, Manifest]:
@@ -132,9 +132,7 @@ class RowTrainer:
         self.objective = Objective(conditioning_noise(self.row.conditioning, self.family), Drops(both=self.row.drop))
         self.samples = 0  # seen so far, which is also the position in the stream
 
-        net = self.family.network(self.seed)
-        if self.row.weights:
-            load_weights(config, self.family, net, self.row.weights)
+        net = network_of(config, self.family, self.row.weights, self.seed)
         self.engine = _deepspeed(net, config, self.row, self.world)
         self.device = self.engine.device
         self.ema = {key: value.detach().clone() for key, value in self.engine.module.state_dict().items()}
