@@ -45,6 +45,8 @@ class Moments:
         """
         if ids is not None and len(ids) != len(batch):
             raise ValueError(f"{len(ids)} ids for {len(batch)} samples")
+        if std is not None and std.shape != batch.shape:
+            raise ValueError(f"std of shape {list(std.shape)} for samples of {list(batch.shape)}: one shape")
         if len(batch) == 0:
             return cls.zeros(batch.shape[1:])
         samples, flat = len(batch), batch.detach().flatten(1)
@@ -60,7 +62,8 @@ class Moments:
             if std is not None:
                 m2[block] += std.detach().flatten(1)[:, block].to(torch.float64).square_().sum(0)
         if not torch.isfinite(m2).all():
-            bad = (~torch.isfinite(flat)).any(1).nonzero().flatten().tolist()
+            finite = torch.isfinite(flat) if std is None else torch.isfinite(flat) & torch.isfinite(std.flatten(1))
+            bad = (~finite).any(1).nonzero().flatten().tolist()
             if not bad:
                 raise ValueError("the latents are so large that the squares of their deviations are not finite")
             named = f"at batch positions {bad[:10]}"

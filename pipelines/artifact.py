@@ -16,7 +16,7 @@ from pipelines import storage
 from pipelines.errors import UserError
 
 SCHEMA_VERSION = 1
-SOFTWARE = ("torch", "numpy", "ray", "av", "deepspeed", "pyarrow")
+SOFTWARE = ("torch", "numpy", "ray", "av", "deepspeed", "pyarrow", "diffusers", "transformers")
 
 Identity = dict[str, Any]
 

@@ -25,7 +25,7 @@ from pipelines.catalog import Catalog, read_catalog
 from pipelines.clips import PartMaker
 from pipelines.config import Config
 from pipelines.errors import Unfinished, UserError
-from pipelines.models import encoder_of, family_code, family_of, refuse_other_family, shape_of
+from pipelines.models import encoder_of, encoding_code, family_of, refuse_other_family, shape_of
 from pipelines.parts import Part, make_parts
 
 KIND, SNAPSHOT = "latent cache", "snapshot"
@@ -34,7 +34,7 @@ INDEX, PLAN, REJECTS = "index.arrow", "plan.arrow", "rejects.jsonl"
 AT_ONCE = 16  # requests to a store
 CODE = (
     *("pipelines.clips", "pipelines.views", "pipelines.video", "pipelines.catalog"),
-    *("cil.metrics.motion", "cil.moments"),
+    *("cil.metrics.motion", "cil.moments", "cil.draws"),
 )
 SHAPING = (  # of the keys of `cache`, what shapes a clip or a part
     *("stride", "fps", "views_per_video", "flip", "condition", "crop", "validation", "test", "videos_per_part"),
@@ -110,9 +110,8 @@ def encoding_of(config: Config, family: Family) -> Identity:
         "seed": config.seed,
         "family": shape_of(family) | told,
         "encoder": encoder_of(family),
-        "precision": config.family.precision,
         "cache": config.cache.model_dump(include=set(SHAPING)),
-        "code": artifact.code(*CODE, *family_code(family)),
+        "code": artifact.code(*CODE, *encoding_code(family)),
     }
 
 
@@ -143,8 +142,8 @@ def refuse_other_encoder(cache: Cache, family: Family) -> None:
     """Where latents are to be trained on or decoded, by other frozen weights than those that made them."""
     if (mine := encoder_of(family)) != cache.encoding["encoder"]:
         raise UserError(
-            f"the cache at {cache.uri} was encoded by {cache.encoding['encoder']}, and family.weights holds {mine}: "
-            "name the weights that it was made with, or another `out`"
+            f"the cache at {cache.uri} was encoded by {cache.encoding['encoder']}, and family.weights, tokenizer and "
+            f"precision make {mine}: name those that it was made with, or another `out`"
         )
 
 

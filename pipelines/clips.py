@@ -162,7 +162,8 @@ class PartMaker:
     def _moments(self, rows: list[dict[str, Any]]) -> Moments:
         if not rows:
             return Moments.zeros(self.family.latent_shape)
-        of = {name: torch.stack([row["tensors"][name] for row in rows]) for name in rows[0]["tensors"]}
+        kept = [name for name in ("latents", "latents_std") if name in rows[0]["tensors"]]
+        of = {name: torch.stack([row["tensors"][name] for row in rows]) for name in kept}
         return Moments.of(of["latents"], [row["clip_id"] for row in rows], of.get("latents_std"))
 
 

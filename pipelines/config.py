@@ -27,6 +27,8 @@ from pipelines.errors import UserError
 
 def absolute(uri: str) -> str:
     """Workers run in other folders, and a submitted job in Ray's own copy of the working directory."""
+    if "://" in uri and not uri.startswith("s3://"):
+        raise ValueError("a local path or s3://; what is elsewhere is to be downloaded first")
     if "://" in uri or os.path.isabs(uri):
         return uri
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:

@@ -31,7 +31,7 @@ from pipelines.models import family_of
 from pipelines.progress import Progress
 from pipelines.reader import BalancedOrder, ClipReader, SampleOrder, lanes
 from pipelines.tracking import Run, refuse_unreachable, store_uri
-from pipelines.weights import KIND, load_weights, plan_weights, uri_of, write_weights
+from pipelines.weights import KIND, network_of, plan_weights, uri_of, write_weights
 
 
 def finetune(config: Config) -> dict[str, Manifest]:
@@ -134,9 +134,7 @@ class RowTrainer:
         self.objective = Objective(noise, Drops(both=self.row.drop), counted)
         self.samples = 0  # seen so far, which is also the position in the stream
 
-        net = self.family.network(self.seed)
-        if self.row.weights:
-            load_weights(config, self.family, net, self.row.weights)
+        net = network_of(config, self.family, self.row.weights, self.seed)
         self.engine = _deepspeed(net, config, self.row, self.world)
         self.device = self.engine.device
         self.ema = {key: value.detach().clone() for key, value in self.engine.module.state_dict().items()}

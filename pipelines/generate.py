@@ -24,7 +24,7 @@ from pipelines.models import family_code, family_of, shape_of
 from pipelines.parts import Part, chunks, make_parts
 from pipelines.reader import ClipReader, SampleOrder
 from pipelines.video import encode
-from pipelines.weights import fingerprint_of, load_weights
+from pipelines.weights import fingerprint_of, network_of
 
 KIND = "videos"
 CODE = (
@@ -174,7 +174,7 @@ class Sampler:
     def network(self, weights: str, averaged: bool) -> nn.Module:
         """The last one is kept: parts of one row come one after another."""
         if self._net[0] != (weights, averaged):
-            net = self.family.network(seed=0)
-            load_weights(self.config, self.family, net, weights, averaged)
+            self._net = (None, nn.Identity())  # the old one goes before the new one comes
+            net = network_of(self.config, self.family, weights, averaged=averaged)
             self._net = ((weights, averaged), net.eval())
         return self._net[1]

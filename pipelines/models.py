@@ -39,8 +39,13 @@ def shape_of(family: Family) -> dict[str, Any]:
     return {"name": family.name, "frames": family.frames, "height": family.height, "width": family.width}
 
 
+def encoding_code(family: Family) -> tuple[str, ...]:
+    """The modules that shape what a family caches."""
+    return ("cil.families.base", f"cil.families.{family.name}", *family.encoding)
+
+
 def family_code(family: Family) -> tuple[str, ...]:
-    """The modules in which a family's functions stand."""
+    """All modules in which a family's functions stand."""
     return ("cil.families.base", f"cil.families.{family.name}", *family.modules)
 
 

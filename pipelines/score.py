@@ -171,7 +171,8 @@ def _track(config: Config, name: str, scores: Manifest, videos: Manifest, values
     row = config.evaluation_rows().get(name)
     if row:
         trained = config.training_rows().get(row.weights)
-        run.parameters({"row": row.settings.model_dump(), "steps": config.generate.steps})
+        run.parameters({"row": row.settings.model_dump(exclude={"weights"}), "steps": config.generate.steps})
+        run.tags({"weights": row.weights})
         run.parameters({"train": read_weights(config, row.weights).identity["row"]} if trained else {})
     run.tags({"row": name, "videos": videos.uri, "scores": scores.uri})
     run.metrics(values)

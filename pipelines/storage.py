@@ -1,12 +1,13 @@
 """The one place that reads and writes files: a URI is a local path or s3://bucket/key. Writes are whole or absent."""
 
+import fcntl
 import hashlib
 import json
 import os
 import posixpath
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -75,20 +76,6 @@ def _in_place_of(path: str) -> Iterator[BinaryIO]:
         raise
 
 
-@contextmanager
-def local_copies(uri: str, names: Iterable[str]) -> Iterator[Path]:
-    """A folder on this machine that has these files of the folder `uri`: itself, if it is local."""
-    if is_local(uri):
-        yield Path(uri)
-        return
-    with tempfile.TemporaryDirectory() as folder, _remote(uri) as remote:
-        for name in names:
-            copy = Path(folder, name)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            remote.get_file(join(uri, name), str(copy))
-        yield Path(folder)
-
-
 def kept_copy(uri: str) -> Path:
     """A local file or folder with what stands at `uri`: downloaded once for each machine and version."""
     if is_local(uri):
@@ -100,15 +87,15 @@ def kept_copy(uri: str) -> Path:
         version = repr(sorted((path, info.get("size"), info.get("ETag")) for path, info in found.items()))
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "cil")
         kept = cache / hashlib.sha256(version.encode()).hexdigest()[:16] / posixpath.basename(uri.rstrip("/"))
-        if kept.exists():
-            return kept
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix=".unfinished-") as folder:
-            copy = Path(folder, "whole", kept.name)
-            copy.parent.mkdir()
-            remote.get(uri, str(copy), recursive=True)
-            with suppress(OSError):  # another process was first
-                os.replace(copy.parent, kept.parent)
+        with (cache / f"{kept.parent.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a machine downloads; a killed one lets go
+            if not kept.exists():
+                unfinished = cache / f".unfinished-{kept.parent.name}"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                remote.get(uri, str(unfinished / kept.name), recursive=True)
+                os.replace(unfinished, kept.parent)
     return kept
 
 

@@ -1,6 +1,7 @@
 """A network's weights: fine-tuned ones as an artifact of ours, or published ones, a file or a folder at a URI."""
 
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def uri_of(config: Config, row: str) -> str:
 
 
 def plan_weights(
-    config: Config, family: Family, name: str, row: TrainingRow, cache: Cache, parents: dict[str, Artifact]
+    config: Config, family: Family, name: str, row: TrainingRow, cached: Cache, parents: dict[str, Artifact]
 ) -> Artifact:
     """The artifact of a row, whose identity holds that of the weights it starts from."""
     start = row.settings.weights
@@ -41,7 +42,7 @@ def plan_weights(
         "token_noise": family.options.token_noise,
         "row": row.shaping(family.timenoise),
         "parent": parent,
-        "cache": cache.fingerprint,
+        "cache": cached.fingerprint,
         "code": artifact.code(*CODE, *family_code(family)),
     }
     return Artifact(uri_of(config, name), KIND, identity)
@@ -50,14 +51,14 @@ def plan_weights(
 def write_weights(
     made: Artifact,
     family: Family,
-    state: dict[str, Tensor],
+    averaged: dict[str, Tensor],
     raw: dict[str, Tensor],
     counts: dict[str, int],
     **content: Any,
 ) -> Manifest:
     """In the family's published layout: the averages in `ema`, the weights of the last step in `raw`."""
     files = []
-    for kind, weights in (("ema", state), ("raw", raw)):
+    for kind, weights in ((KINDS[True], averaged), (KINDS[False], raw)):
         with tempfile.TemporaryDirectory() as folder:
             for name in family.export(weights, Path(folder)):
                 storage.put(Path(folder, name), made.path(kind, name))
@@ -78,26 +79,34 @@ def is_ours(uri: str) -> bool:
 
 def fingerprint_of(config: Config, family: Family, row: str, averaged: bool = True) -> str:
     """Of the weights of a row, at a URI, or of the family's own: whatever the file, its values count."""
-    if row != PUBLISHED and ("/" not in row or is_ours(row)):
+    if _made_here(row):
         return f"{read_weights(config, row).fingerprint}-{KINDS[averaged]}"
+    return _digest(family, _files(config, family, row, averaged), averaged)
+
+
+@cache
+def _digest(family: Family, path: Path, averaged: bool) -> str:
     with refusing_weights():
-        return digest(family.restore(_published(family, row), averaged))
+        return digest(family.restore(path, averaged))
 
 
-def load_weights(config: Config, family: Family, net: nn.Module, row: str, averaged: bool = True) -> None:
-    """Into a network of the family."""
-    if row != PUBLISHED and ("/" not in row or is_ours(row)):
-        manifest, kind = read_weights(config, row), KINDS[averaged]
-        files = [name for name in manifest.content["files"] if name.startswith(f"{kind}/")]
-        with storage.local_copies(manifest.uri, files) as folder:
-            net.load_state_dict(family.restore(folder / kind), strict=True)
-    else:
-        net.load_state_dict(family.restore(_published(family, row), averaged), strict=True)
+def network_of(config: Config, family: Family, row: str | None, seed: int = 0, averaged: bool = True) -> nn.Module:
+    """The network with a row's weights; without a row the family's own, published or random."""
+    with refusing_weights():
+        if row is None:
+            return family.network(seed)
+        return family.network(seed, family.restore(_files(config, family, row, averaged), averaged))
 
 
-def _published(family: Family, row: str) -> Path:
+def _made_here(row: str) -> bool:
+    return row != PUBLISHED and ("/" not in row or is_ours(row))
+
+
+def _files(config: Config, family: Family, row: str, averaged: bool) -> Path:
     if row == PUBLISHED:
         return Path(str(family.options.weights))
+    if _made_here(row):
+        return storage.kept_copy(storage.join(read_weights(config, row).uri, KINDS[averaged]))
     if not storage.exists(row):
         raise UserError(f"weights={row}: there is nothing; expected weights of jobs.finetune, or published ones")
     return storage.kept_copy(row)

@@ -71,7 +71,8 @@ class Dropped(NamedTuple):
 
 class Family(ABC):
     name: str
-    modules: tuple[str, ...]  # beside its own, what its functions stand in
+    encoding: tuple[str, ...] = ()  # the modules, beside its own, in which stands what makes cached tensors
+    modules: tuple[str, ...]  # and all in which its functions stand
     presets: Mapping[str, Preset]
     lacks: tuple[str, ...] = ()  # of the options
     process: Process
@@ -133,8 +134,8 @@ class Family(ABC):
     # -- the denoiser ------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def network(self, seed: int) -> nn.Module:
-        """The denoiser with fresh weights, a function of the seed."""
+    def network(self, seed: int, state: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """The denoiser with these weights; else the published ones, or random ones that are a function of the seed."""
 
     @abstractmethod
     def condition(

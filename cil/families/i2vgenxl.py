@@ -8,7 +8,6 @@ clip, which stays as it is, and so does CLIP's embedding.
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from cil.checkpoints import load_into, naming, read, write_diffusers
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
 from cil.families.base import Clip, Condition, Dropped, Preset, image_latent, precision_of
-from cil.families.sd_vae import SDVAEFamily, byte_tokenizer, clip_tokenizer, seeded, tokens_of, with_positions
+from cil.families.captions import CaptionedFamily
+from cil.families.sd_vae import seeded, with_positions
 from cil.processes import per_sample
 
 TEXT_TOKENS = 77
@@ -110,11 +110,12 @@ TINY: Configs = {
 }
 
 
-class I2VGenXL(SDVAEFamily):
+class I2VGenXL(CaptionedFamily):
     """From a published pipeline's folder."""
 
     name = "i2vgenxl"
-    modules = ("cil.families.sd_vae", "cil.recipes", "cil.nets.openclip")
+    encoding = ("cil.families.captions", "cil.families.sd_vae", "cil.nets.openclip")
+    modules = (*encoding, "cil.recipes")
     networks: Configs
     lacks = ("token_noise",)
     presets: Mapping[str, Preset] = {
@@ -137,15 +138,8 @@ class I2VGenXL(SDVAEFamily):
     def as_clip_sees(self, frames: Tensor) -> Tensor:
         return middle_square(frames, self.image_size)
 
-    def _look(self, tower: Any, pixels: Tensor) -> Tensor:
-        embedding: Tensor = tower(pixel_values=pixels).image_embeds
-        return embedding
-
     def _rate(self, clip: Clip) -> int:
         return max(int(clip.fps), 1)
-
-    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        return {"text": self._text(captions).half().cpu()}
 
     @torch.no_grad()
     def _text(self, captions: Sequence[str]) -> Tensor:
@@ -158,21 +152,10 @@ class I2VGenXL(SDVAEFamily):
         tokens: Tensor = tower.final_layer_norm(states[-2])
         return tokens
 
-    @cached_property
-    def _empty_caption(self) -> Tensor:
-        return self._text([""])
-
     def ids(self, captions: Sequence[str]) -> Tensor:
         """As the pipeline has them: cut to 77 with the end kept, padded with what the tokenizer says."""
-        told = {"padding": "max_length", "return_tensors": "pt"}
-        ids: Tensor = tokens_of(self.tokenizer, captions, TEXT_TOKENS, **told)
+        ids: Tensor = self._tokens(captions, TEXT_TOKENS, padding="max_length", return_tensors="pt")
         return ids
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        if self.preset == "tiny":
-            return byte_tokenizer()
-        return clip_tokenizer(self.vocabulary)
 
     @property
     def vocabulary(self) -> str | None:
@@ -193,9 +176,8 @@ class I2VGenXL(SDVAEFamily):
         with torch.device("meta"):
             model = with_positions(_built(part, config))
         folder = Path(self.options.weights, part)
-        with naming(folder):
-            # Files may be of half precision.
-            state = _by_library_names(part, read(folder))
+        state = _by_library_names(part, read(folder))
+        with naming(folder):  # files may be of half precision
             load_into(model, state, dtype=torch.float32, wanted=f"the {part} of {self.name}")
         return model
 

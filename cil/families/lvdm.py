@@ -19,13 +19,13 @@ from cil.checkpoints import FRAME_STRIDE, compare, load_into, naming, read, rena
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
 from cil.families.base import Clip, Condition, Dropped, Options, Preset, image_latent, precision_of
-from cil.families.sd_vae import SDVAEFamily, byte_tokenizer, clip_tokenizer, seeded, tokens_of, with_positions
+from cil.families.captions import CaptionedFamily
+from cil.families.sd_vae import seeded, with_positions
 from cil.nets.autoencoder import Autoencoder
 from cil.nets.lvdm import TEXT_TOKENS, LVDMUNet, Resampler
-from cil.nets.openclip import MEAN, STD, ImageTower, TextTower, clip_pixels, image_tokens, text_tokens
+from cil.nets.openclip import ImageTower, TextTower, image_tokens, text_tokens
 from cil.processes import VP, Prediction, per_sample
 
-FRAME_STRIDE_OF = {ours: theirs for theirs, ours in FRAME_STRIDE.items()}
 TOKENS_OF_AN_IMAGE = 16  # that the projector makes
 UNET, PROJECTOR = "model.diffusion_model.", "image_proj_model."
 VAE, TEXT, IMAGE = "first_stage_model.", "cond_stage_model.model.", "embedder.model."
@@ -84,14 +84,15 @@ class LVDMNet(nn.Module):
         return answer
 
 
-class LVDM(SDVAEFamily):
+class LVDM(CaptionedFamily):
     """Both, from one `.ckpt`."""
 
     process: VP
-    modules = (
-        *("cil.families.lvdm", "cil.families.sd_vae", "cil.recipes"),
-        *("cil.nets.lvdm", "cil.nets.autoencoder", "cil.nets.openclip"),
+    encoding = (
+        *("cil.families.lvdm", "cil.families.captions", "cil.families.sd_vae"),
+        *("cil.nets.autoencoder", "cil.nets.openclip"),
     )
+    modules = (*encoding, "cil.nets.lvdm", "cil.recipes")
     networks: Sizes
     concatenated: bool  # the image latent is also an input of the UNet
 
@@ -113,19 +114,12 @@ class LVDM(SDVAEFamily):
     def image_size(self) -> int:
         return self.networks.image.size
 
-    def as_clip_sees(self, frames: Tensor) -> Tensor:
-        return stretched(frames, self.image_size)
-
     def _look(self, tower: Any, pixels: Tensor) -> Tensor:
         return image_tokens(tower, pixels)
 
     def _rate(self, clip: Clip) -> int:
         return max(int(clip.fps), 1) if self.networks.rate == "fps" else clip.stride
 
-    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        return {"text": self._text(captions).half().cpu()}
-
-    @torch.no_grad()
     def _text(self, captions: Sequence[str]) -> Tensor:
         tower = self.frozen["text"]
         return text_tokens(tower, self.ids(captions).to(tower.device))
@@ -134,13 +128,9 @@ class LVDM(SDVAEFamily):
         """As open_clip has them: cleaned, cut to 77 with the end kept, padded with zeros."""
         ids = torch.zeros(len(captions), TEXT_TOKENS, dtype=torch.long)
         clean = [re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip().lower() for text in captions]
-        for row, found in zip(ids, tokens_of(self.tokenizer, clean, TEXT_TOKENS), strict=True):
+        for row, found in zip(ids, self._tokens(clean, TEXT_TOKENS), strict=True):
             row[: len(found)] = torch.tensor(found)
         return ids
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return byte_tokenizer() if self.preset == "tiny" else clip_tokenizer(self.vocabulary)
 
     def _frozen(self) -> dict[str, Any]:
         if self.options.weights is None:
@@ -197,6 +187,14 @@ class LVDM(SDVAEFamily):
             net, extras = self._fresh(), {name: torch.empty(shape) for name, shape in self._extras().items()}
         return self._whole(net.state_dict(), self._empty(), extras)
 
+    def _schedule(self) -> dict[str, Tensor]:
+        """The published file's, to the bit, where it is the one that is trained with."""
+        ours, theirs = self.buffers(), self.checkpoint
+        return {
+            name: theirs[name] if torch.allclose(theirs[name], ours[name], rtol=1e-4, atol=1e-7) else ours[name]
+            for name in ours
+        }
+
     def buffers(self) -> dict[str, Tensor]:
         """The schedule, as a checkpoint holds it: float32, with the dynamic rescale if there is one."""
         abar = self.process.alphas_bar
@@ -242,8 +240,9 @@ class LVDM(SDVAEFamily):
             condition["image"] = image
         if level is None or self.options.token_noise:
             # The projector is part of the network: what the noise of its tokens is, is said here, and added there.
-            tokens = torch.zeros(len(u), self._image_tokens, self.networks.projector.get("output_dim", 1024))
-            condition["token_noise"], level_of_tokens = noise(tokens.to(u.device), u, draws)
+            width = self.networks.projector.get("output_dim", 1024)
+            tokens = torch.zeros(len(u), self._image_tokens, width, device=u.device)
+            condition["token_noise"], level_of_tokens = noise(tokens, u, draws)
             level = level_of_tokens if level is None else level
         return condition, level
 
@@ -260,7 +259,7 @@ class LVDM(SDVAEFamily):
     def _nothing(self) -> dict[str, Tensor]:
         grey = torch.full((1, self.image_size, self.image_size, 3), 128, dtype=torch.uint8)
         with torch.no_grad():
-            return {"text": self._text([""]), "clip": self._clip(grey.to(self.frozen["image"].device))}
+            return {"text": self._empty_caption, "clip": self._clip(grey.to(self.frozen["image"].device))}
 
     def denoise(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         kind = precision_of(net)
@@ -294,8 +293,8 @@ class LVDM(SDVAEFamily):
             extras = {name: torch.zeros(shape) for name, shape in self._extras().items()}
             whole = self._whole(state, self.frozen, extras)
         else:
-            whole = self.checkpoint | self.buffers() | dict(state)
-        names = FRAME_STRIDE_OF if self.networks.rate == "stride" else {}
+            whole = self.checkpoint | self._schedule() | dict(state)
+        names = {ours: theirs for theirs, ours in FRAME_STRIDE.items()} if self.networks.rate == "stride" else {}
         write_lvdm(folder / f"{self.name}.ckpt", renamed(whole, names))
         return [f"{self.name}.ckpt"]
 
@@ -303,10 +302,3 @@ class LVDM(SDVAEFamily):
         """These files hold one kind of weights."""
         state = self._read(path / f"{self.name}.ckpt" if path.is_dir() else path)
         return {name: tensor for name, tensor in state.items() if name.startswith((UNET, PROJECTOR))}
-
-
-def stretched(frames: Tensor, size: int) -> Tensor:
-    """uint8 [B, H, W, 3] -> uint8 [B, size, size, 3], resized as LVDM does for CLIP."""
-    pixels = clip_pixels(frames, size).permute(0, 2, 3, 1)
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
-    return ((pixels.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -2,7 +2,6 @@
 and back.
 """
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 from cil.checkpoints import State, compare, digest, load_into, naming
 from cil.draws import Draws
 from cil.families.base import Clip, Family, Options
-from cil.nets.openclip import clip_pixels
+from cil.nets.openclip import clip_pixels, stretched
 from cil.recipes import recipe
 
-FRAMES_A_CALL = 4  # of the VAE: calls of one shape, and memory that does not grow with the clip
+FRAMES_A_CALL = 4  # of the VAE: every call has this shape, and memory does not grow with the clip
 FACTOR = 8  # pixels to a latent, in height and width
-VOCABULARIES = (("vocab.json", "merges.txt"), ("tokenizer.json",))  # either
 
 T = TypeVar("T")
 
@@ -63,7 +61,9 @@ class SDVAEFamily(Family):
     def frozen(self) -> Mapping[str, Any]:
         models = self._frozen()
         for name, model in models.items():
-            model.requires_grad_(False).eval().to(self._precision(name))
+            model.requires_grad_(False).eval()
+            if model.dtype != self._precision(name):
+                model.to(self._precision(name))
         return models
 
     def _precision(self, model: str) -> torch.dtype:
@@ -73,19 +73,11 @@ class SDVAEFamily(Family):
     @cached_property
     def encoder_identity(self) -> str:
         """Of what the frozen models hold, wherever their files lie."""
+        told = f"{self.name}-{self.preset}-{self.options.precision}"
         if self.options.weights is None:
-            return f"{self.name}-{self.preset}-random"
+            return f"{told}-random"
         held = {f"{model}.{name}": t for model, part in self.frozen.items() for name, t in part.state_dict().items()}
-        words = hashlib.sha256()
-        for name in sorted({name for kind in VOCABULARIES for name in kind}) if self.vocabulary else ():
-            file = Path(self.vocabulary or "", name)
-            words.update(name.encode() + file.read_bytes() if file.is_file() else b"")
-        return f"{self.name}-{self.preset}-{digest(held)}-{words.hexdigest()[:8]}"
-
-    @property
-    def vocabulary(self) -> str | None:
-        """A folder."""
-        return self.options.tokenizer
+        return f"{told}-{digest(held)}"
 
     @torch.no_grad()
     def encode_frames(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
@@ -94,13 +86,14 @@ class SDVAEFamily(Family):
         seen = {"clip": self._clip(image).half().cpu()} if self.options.clip_features else {"image": image}
         return {**self._latents(frames, clips), **seen, "rate": torch.tensor([self._rate(clip) for clip in clips])}
 
-    @abstractmethod
     def as_clip_sees(self, frames: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] -> uint8 [B, size, size, 3], on the CPU."""
+        return stretched(frames, self.image_size)
 
-    @abstractmethod
     def _look(self, tower: Any, pixels: Tensor) -> Tensor:
         """What the network is told of CLIP's answer to pixels [B, 3, size, size]."""
+        embedding: Tensor = tower(pixel_values=pixels).image_embeds
+        return embedding
 
     @abstractmethod
     def _rate(self, clip: Clip) -> float:
@@ -122,10 +115,10 @@ class SDVAEFamily(Family):
         vae = self.frozen["vae"]
         means, stds = [], []
         for clip in frames.permute(0, 1, 4, 2, 3):
-            chunks = [chunk.to(vae.device).float() / 127.5 - 1 for chunk in torch.split(clip, FRAMES_A_CALL)]
+            chunks = [chunk.to(vae.device).float() / 127.5 - 1 for chunk in _chunks(clip)]
             posteriors = [vae.encode(chunk.to(vae.dtype)).latent_dist for chunk in chunks]
-            means.append(torch.cat([posterior.mean for posterior in posteriors]).float().cpu())
-            stds.append(torch.cat([posterior.std for posterior in posteriors]).float().cpu())
+            means.append(torch.cat([posterior.mean for posterior in posteriors])[: len(clip)].float().cpu())
+            stds.append(torch.cat([posterior.std for posterior in posteriors])[: len(clip)].float().cpu())
         mean, std = (self.scaling_factor * torch.stack(parts) for parts in (means, stds))
         if self.options.latents == "mean_std":
             return {"latents": mean.half(), "latents_std": std.half()}
@@ -140,8 +133,8 @@ class SDVAEFamily(Family):
 
     def _pixels(self, vae: Any, latents: Tensor) -> Tensor:
         """One clip's unscaled latents [T, 4, h, w] -> [T, 3, H, W] in -1..1, on the CPU."""
-        parts = (part.to(vae.device, vae.dtype) for part in torch.split(latents, FRAMES_A_CALL))
-        return torch.cat([vae.decode(part).sample.float().cpu() for part in parts])
+        parts = (part.to(vae.device, vae.dtype) for part in _chunks(latents))
+        return torch.cat([vae.decode(part).sample.float().cpu() for part in parts])[: len(latents)]
 
     # -- the network ---------------------------------------------------------------------------------------------------
 
@@ -149,13 +142,15 @@ class SDVAEFamily(Family):
     def _fresh(self) -> nn.Module:
         """With random weights."""
 
-    def network(self, seed: int) -> nn.Module:
-        """The published weights, or random ones that are a function of the seed; float32, which training needs."""
-        if self.options.weights is None:
+    def network(self, seed: int, state: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """In float32, which training needs."""
+        if state is None and self.options.weights is None:
             return seeded(seed, self._fresh)
         with torch.device("meta"):
             net = self._fresh()
-        load_into(net, self.restore(Path(self.options.weights)), dtype=torch.float32, wanted=self.name)
+        if state is None:
+            state = self.restore(Path(str(self.options.weights)))
+        load_into(net, state, dtype=torch.float32, wanted=self.name)
         return net
 
     def _checked(self, path: Path, state: State) -> State:
@@ -165,6 +160,12 @@ class SDVAEFamily(Family):
         with naming(path):
             compare(net.state_dict(), state, self.name)
         return state
+
+
+def _chunks(clip: Tensor) -> Sequence[Tensor]:
+    """Of FRAMES_A_CALL frames each: the last frame is repeated until the last chunk is full."""
+    lacking = -len(clip) % FRAMES_A_CALL
+    return torch.split(torch.cat([clip, clip[-1:].expand(lacking, *clip.shape[1:])]), FRAMES_A_CALL)
 
 
 def seeded(seed: int, make: Callable[[], T]) -> T:
@@ -179,35 +180,3 @@ def with_positions(model: Any) -> Any:
         if "position_ids" in module._buffers:
             module.position_ids = torch.arange(module.position_ids.shape[-1], device="cpu")[None]
     return model
-
-
-def clip_tokenizer(folder: str | None) -> Any:
-    """CLIP's, of its two files."""
-    from transformers import CLIPTokenizer
-
-    if folder is None:
-        raise ValueError("tokenizer=None: a folder with CLIP's vocab.json and merges.txt")
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder}: no folder; expected one with CLIP's vocab.json and merges.txt")
-    if not any(all(Path(folder, name).is_file() for name in kind) for kind in VOCABULARIES):
-        raise ValueError(f"{folder}: no vocabulary; expected CLIP's vocab.json and merges.txt, or its tokenizer.json")
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def tokens_of(tokenizer: Any, captions: Sequence[str], length: int, **how: Any) -> Any:
-    """Cut to `length` with the end kept. What no encoding has, such as half of a surrogate pair, becomes `?`."""
-    if not captions:
-        raise ValueError("captions: at least one")
-    clean = [caption.encode("utf-8", "replace").decode() for caption in captions]
-    return tokenizer(clean, truncation=True, max_length=length, **how).input_ids
-
-
-def byte_tokenizer() -> Any:
-    """CLIP's without merges: every byte, inside a word and at its end, and the two marks."""
-    from transformers import CLIPTokenizer
-
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    symbols = [*map(chr, visible), *(chr(256 + i) for i in range(len(hidden)))]
-    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cil.checkpoints import load_into, naming, read, read_ema, write_diffusers
+from cil.checkpoints import load_into, naming, read, read_ema, write_diffusers, write_svd_cil
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
 from cil.families.base import Clip, Condition, Dropped, Preset, image_latent, precision_of
-from cil.families.lvdm import stretched
 from cil.families.sd_vae import SDVAEFamily, seeded, with_positions
 from cil.nets.openclip import ImageTower
 from cil.objectives import edm_weight
@@ -53,7 +52,8 @@ PUBLISHED = Sizes({}, (128, 256, 512, 512), 2, ImageTower())
 
 class SVD(SDVAEFamily):
     name = "svd"
-    modules = ("cil.families.lvdm", "cil.families.sd_vae", "cil.recipes", "cil.nets.openclip")
+    encoding = ("cil.families.sd_vae", "cil.nets.openclip")
+    modules = (*encoding, "cil.recipes")
     networks: Sizes
     lacks = ("tokenizer", "token_noise")
     presets: Mapping[str, Preset] = {
@@ -71,13 +71,6 @@ class SVD(SDVAEFamily):
     @property
     def image_size(self) -> int:
         return self.networks.image.size
-
-    def as_clip_sees(self, frames: Tensor) -> Tensor:
-        return stretched(frames, self.image_size)
-
-    def _look(self, tower: Any, pixels: Tensor) -> Tensor:
-        embedding: Tensor = tower(pixel_values=pixels).image_embeds
-        return embedding
 
     def _rate(self, clip: Clip) -> float:
         return float(clip.fps)
@@ -103,8 +96,9 @@ class SVD(SDVAEFamily):
                 raise ValueError(
                     f"{self.options.weights}: no folder {part} in it; expected a diffusers pipeline of SVD"
                 )
+            state = read(folder)
             with naming(folder):
-                load_into(with_positions(model), read(folder), dtype=torch.float32, wanted=f"svd's {part}")
+                load_into(with_positions(model), state, dtype=torch.float32, wanted=f"svd's {part}")
         return models
 
     def _models(self) -> dict[str, Any]:
@@ -153,11 +147,17 @@ class SVD(SDVAEFamily):
     # -- weights on disk ---------------------------------------------------------------------------------------------
 
     def export(self, state: Mapping[str, Tensor], folder: Path) -> list[str]:
-        """diffusers' folder of the UNet; `cil.checkpoints.write_svd_cil` writes the authors' form."""
+        """diffusers' folder of the UNet."""
         with torch.device("meta"):
             config = {name: value for name, value in self._fresh().config.items() if not name.startswith("_use_")}
         write_diffusers(folder / "unet", state, {"_class_name": "UNetSpatioTemporalConditionModel", **config})
         return sorted(f"unet/{file.name}" for file in (folder / "unet").iterdir())
+
+    def write_ckpt(self, file: Path, raw: Mapping[str, Tensor], ema: Mapping[str, Tensor] | None = None) -> None:
+        """As the authors' scripts load weights. They find averages by the order of the network's parameters."""
+        with torch.device("meta"):
+            order = [name for name, _ in self._fresh().named_parameters()]
+        write_svd_cil(file, {name: raw[name] for name in order}, ema)
 
     def restore(self, path: Path, averaged: bool = True) -> dict[str, Tensor]:
         """Of a pipeline's folder, of its UNet's, or of a `.ckpt` of the authors' fine-tuning."""

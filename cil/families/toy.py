@@ -12,7 +12,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from cil.checkpoints import read, write_safetensors
+from cil.checkpoints import load_into, read, write_safetensors
 from cil.conditioning import ConditioningNoise, TimeNoise
 from cil.draws import Draws
 from cil.families.base import Clip, Condition, Family, Options, Preset, image_latent
@@ -70,10 +70,13 @@ class Toy(Family):
         pixels = ((grey + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return repeat(pixels, "b t h w -> b t h w c", c=3)
 
-    def network(self, seed: int) -> nn.Module:
+    def network(self, seed: int, state: Mapping[str, Tensor] | None = None) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return ToyNet(len(FREQUENCIES), *self.networks)
+            net = ToyNet(len(FREQUENCIES), *self.networks)
+        if state is not None:
+            load_into(net, state, wanted=self.name)
+        return net
 
     def condition(
         self, batch: Mapping[str, Tensor], noise: ConditioningNoise, u: Tensor, draws: Draws | None

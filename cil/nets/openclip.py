@@ -227,3 +227,10 @@ def _blurred(x: Tensor, size: int) -> Tensor:
     mirrored = F.pad(x.flatten(0, 1), (reach, reach), mode="reflect")
     rows = rearrange(mirrored, "n h w -> (n h) 1 w")
     return F.conv1d(rows, (kernel / kernel.sum())[None, None]).reshape(x.shape)
+
+
+def stretched(frames: Tensor, size: int = 224) -> Tensor:
+    """uint8 [B, H, W, 3] -> uint8 [B, size, size, 3] on the CPU: what `clip_pixels` makes of them, before the norm."""
+    pixels = clip_pixels(frames, size).permute(0, 2, 3, 1)
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    return ((pixels.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

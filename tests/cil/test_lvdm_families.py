@@ -8,8 +8,8 @@ from cil import CleanCondition, Draws, Objective, TimeNoise, guided, sample
 from cil.checkpoints import read, write_lvdm
 from cil.families import Family, load
 from cil.families.base import Clip, Dropped
-from cil.families.lvdm import stretched
 from cil.initial_noise import InitialNoise
+from cil.nets.openclip import stretched
 
 NAMES = ("dynamicrafter", "videocrafter1")
 CLIPS = [Clip("A red ball &amp; a dog", 8.6, 3), Clip("", 0.4, 1)]

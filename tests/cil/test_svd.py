@@ -169,6 +169,26 @@ def test_the_authors_file_gives_raw_and_averaged_weights(family, tmp_path):
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in fresh.state_dict().items())
 
 
+def test_a_ckpt_of_an_export_has_its_averages_where_diffusers_looks_for_them(family, tmp_path):
+    """By the order of the parameters, which is not that of names in a safetensors file."""
+    from diffusers.training_utils import EMAModel
+
+    raw = family.network(1)
+    averaged = {name: tensor + 1 for name, tensor in raw.state_dict().items()}
+    for kind, state in (("raw", raw.state_dict()), ("ema", averaged)):
+        family.export(state, tmp_path / kind)
+    kept = [family.restore(tmp_path / kind) for kind in ("raw", "ema")]
+    family.write_ckpt(tmp_path / "svd.ckpt", *kept)
+    content = torch.load(tmp_path / "svd.ckpt", weights_only=True)
+    fresh = family.network(2)
+    fresh.load_state_dict(content["state_dict"])
+    assert all(torch.equal(tensor, raw.state_dict()[name]) for name, tensor in fresh.state_dict().items())
+    average = EMAModel(fresh.parameters())
+    average.load_state_dict(content["ema_state"])
+    average.copy_to(fresh.parameters())
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in fresh.state_dict().items())
+
+
 def test_a_folder_that_lacks_a_part_or_has_another_is_refused_by_its_path(family, folder, tmp_path):
     with pytest.raises(ValueError, match="a folder without weights"):
         load("svd", 4, 32, 48, "tiny", weights=str(tmp_path)).network(0)

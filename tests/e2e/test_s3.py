@@ -72,15 +72,18 @@ def test_weights_are_copied_once_for_each_version_of_them(endpoint, tmp_path, mo
     storage.write("s3://webvid/model/unet/a.safetensors", b"4")
     assert (storage.kept_copy("s3://webvid/model") / "unet/a.safetensors").read_bytes() == b"4"
     assert not list((tmp_path / "cil").glob(".unfinished-*"))
+    storage.write("s3://webvid/model.ckpt", b"5" * 10**6)
+    read = "from pipelines.storage import kept_copy; print(kept_copy('s3://webvid/model.ckpt').stat())"
+    several = [subprocess.Popen([sys.executable, "-c", read], cwd=ROOT, stdout=subprocess.PIPE) for _ in range(4)]
+    assert len({process.communicate(timeout=60)[0] for process in several}) == 1  # one file, written once
     with pytest.raises(FileNotFoundError, match="there is nothing"):
         storage.kept_copy("s3://webvid/none")
 
 
-def test_files_in_folders_are_put_and_copied_back(endpoint, tmp_path):
+def test_a_file_is_put_whole(endpoint, tmp_path):
     (tmp_path / "local").write_bytes(b"weights")
     storage.put(tmp_path / "local", "s3://webvid/weights/unet/model.safetensors")
-    with storage.local_copies("s3://webvid/weights", ["unet/model.safetensors"]) as folder:
-        assert (folder / "unet/model.safetensors").read_bytes() == b"weights"
+    assert storage.read("s3://webvid/weights/unet/model.safetensors") == b"weights"
 
 
 def test_a_cache_and_its_initial_noise_on_s3_are_those_of_a_disk(endpoint, road, smallest, tmp_path):

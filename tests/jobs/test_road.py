@@ -146,7 +146,7 @@ def test_a_curve_has_a_point_for_each_interval_of_samples(road):
 
 def test_fine_tuning_starts_from_the_weights_it_names_and_the_arms_part_ways(road):
     def tensors(row: str) -> torch.Tensor:
-        state = safetensors.torch.load_file(Path(road.out, "weights", row, "toy.safetensors"))
+        state = safetensors.torch.load_file(Path(road.out, "weights", row, "ema/toy.safetensors"))
         return torch.cat([v.flatten() for v in state.values()])
 
     base, naive, timenoise, other = map(tensors, ("base", "naive-1", "timenoise-1", "naive-2"))

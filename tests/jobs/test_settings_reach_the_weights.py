@@ -40,14 +40,14 @@ def test_rows_that_differ_in_one_setting_have_other_weights(road, smallest, tmp_
     shared += [f"finetune.row.weights={road.out}/weights/base"]
     first = [study(["plain: {}"]), *shared]
     finetune(smallest(tmp_path, *first))
-    plain = tmp_path / "weights/plain/toy.safetensors"
+    plain = tmp_path / "weights/plain/ema/toy.safetensors"
     made = plain.stat().st_mtime_ns
 
     rows = ["plain: {}", *(f"{name}: {{{own}}}" for name, own in DIFFERENT.items())]
     config = smallest(tmp_path, study(rows), *shared)
     finetune(config)
     assert plain.stat().st_mtime_ns == made
-    weights = {path.parent.name: path.read_bytes() for path in (tmp_path / "weights").glob("*/toy.safetensors")}
+    weights = {path.parts[-3]: path.read_bytes() for path in (tmp_path / "weights").glob("*/ema/toy.safetensors")}
     assert weights.keys() == {"plain", *DIFFERENT}
     assert len(set(weights.values())) == len(weights)
     assert {run.info.run_name for run in runs(config, "train")} == weights.keys()
