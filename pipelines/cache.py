@@ -22,15 +22,22 @@ from cil.metrics.motion import SMALLEST, motion_score
 from cil.moments import Moments
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
-from pipelines.catalog import Video, read_catalog
+from pipelines.catalog import PROBLEMS, Video, read_catalog
 from pipelines.config import Config
 from pipelines.errors import Unfinished, UserError
 from pipelines.models import encoder_of, family_code, family_of, refuse_other_family, shape_of
-from pipelines.parts import Part, chunks, make_parts
+from pipelines.parts import Part, make_parts
 from pipelines.video import DECODERS, BadVideo, fit
 
 KIND = "latent cache"
-CODE = ("pipelines.cache", "pipelines.catalog", "pipelines.video", "cil.metrics.motion", "cil.moments")
+CODE = (
+    "pipelines.cache",
+    "pipelines.catalog",
+    "pipelines.tars",
+    "pipelines.video",
+    "cil.metrics.motion",
+    "cil.moments",
+)
 
 
 def build_cache(config: Config) -> Manifest:
@@ -42,7 +49,6 @@ def build_cache(config: Config) -> Manifest:
         raise UserError(f"family: clips of {size}; a motion score needs 2 frames of {SMALLEST} x {SMALLEST} or more")
     identity = {
         "catalog": catalog.digest,
-        "videos": catalog.folder,
         "seed": config.seed,
         "family": shape_of(family) | {"latents": config.family.latents, "clip_features": config.family.clip_features},
         "encoder": encoder_of(family),
@@ -59,12 +65,12 @@ def build_cache(config: Config) -> Manifest:
 
     cache.begin(config.model_dump_json(indent=1))
     views = config.cache.views_per_video
-    lots = enumerate(chunks(catalog.videos, config.cache.videos_per_part))
+    starts = range(0, len(catalog), config.cache.videos_per_part)
+    lots = enumerate(catalog.videos(start, start + config.cache.videos_per_part) for start in starts)
     parts = [
         Part(cache.path("parts", f"part-{i:06d}.arrow"), [asdict(v) for v in lot], len(lot) * views) for i, lot in lots
     ]
-    arguments = {"config": config.model_dump(), "folder": catalog.folder}
-    transient = make_parts(KIND, "clips", parts, PartMaker, arguments)
+    transient = make_parts(KIND, "clips", parts, PartMaker, {"config": config.model_dump()})
     if transient:
         raise Unfinished(
             f"{len(transient)} parts wait for videos that could not be read for passing reasons ({transient[0]}). "
@@ -100,11 +106,11 @@ class PartMaker:
     """Decodes and encodes the videos of one part. Made once a worker.
 
     What is rejected has a reason. `io` is transient, tried again on the next run. The others would stay as they are:
-    missing, unsafe_name, duplicate_id, not_a_video, no_video_stream, damaged, too_short, not_finite.
+    missing, the catalog's PROBLEMS, not_a_video, no_video_stream, damaged, too_short, not_finite.
     """
 
-    def __init__(self, config: dict[str, Any], folder: str) -> None:
-        self.config, self.folder = Config.model_validate(config), folder
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = Config.model_validate(config)
         self.family = family_of(self.config)
 
     def __call__(self, plan: list[dict[str, Any]]) -> tuple[bytes | None, str]:
@@ -129,16 +135,13 @@ class PartMaker:
         return self._part(rows, rejects), ""
 
     def _read(self, video: Video) -> bytes:
-        if not video.safe:
-            raise BadVideo(
-                "unsafe_name", f"page_dir {video.page_dir!r}, videoid {video.videoid!r} would leave the folder"
-            )
-        if video.duplicate:
-            raise BadVideo("duplicate_id", "an earlier row of the csv has this videoid")
-        for path in (storage.join(self.folder, name) for name in video.paths):
-            if storage.exists(path):
-                return storage.read(path)
-        raise BadVideo("missing", f"there is no {' or '.join(video.paths)} in the folder of videos")
+        if video.problem:
+            raise BadVideo(video.problem, f"{PROBLEMS[video.problem]}: {video.videoid!r} {' '.join(video.sources)}")
+        for uri in video.sources:
+            if storage.exists(uri):
+                whole = video.size < 0
+                return storage.read(uri) if whole else storage.read_range(uri, video.offset, video.size)
+        raise BadVideo("missing", f"there is no {' or '.join(video.sources)}")
 
     def _decode(self, video: Video, data: bytes) -> list[tuple[torch.Tensor, list[int], float]]:
         """Frames, source indices and source fps of every view; the video's frames are decoded once for all views."""
