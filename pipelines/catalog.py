@@ -29,6 +29,7 @@ from pipelines.errors import UserError
 COLUMNS = ("videoid", "name")
 BLOCK = 4 * 1024 * 1024  # bytes of a csv parsed at once
 BATCH = 65536  # rows handled at once
+LONGEST = 131072  # bytes of a caption: more are rows that an open quote has swallowed
 THREADS = 16  # that wait for a disk or for S3
 
 # Why a video is rejected without being looked at.
@@ -226,6 +227,10 @@ def _read_csv(uri: str) -> Iterator[pa.Table]:
             tables = list(_parse_fast(file, header))
         except pa.ArrowInvalid:
             tables = list(_parse_row_by_row(file, header, uri))
+    for table in tables:
+        longest = pc.max(pc.binary_length(table["caption"])).as_py() or 0
+        if longest > LONGEST:
+            raise _open_quote(uri, f"a name of {longest} bytes")
     yield from tables
 
 
@@ -251,7 +256,11 @@ def _one_line(uri: str) -> Iterator[None]:
     try:
         yield
     except csv.Error as error:
-        raise UserError(f"catalog.csv={uri}: is no csv ({error}); is a quoted field left open?") from None
+        raise _open_quote(uri, str(error)) from None
+
+
+def _open_quote(uri: str, found: str) -> UserError:
+    return UserError(f"catalog.csv={uri}: is no csv ({found}); is a quoted field left open?")
 
 
 def _parse_fast(file: Path, header: list[str]) -> Iterator[pa.Table]:

@@ -46,7 +46,7 @@ def _absolute_each(value: Any) -> Any:
     if isinstance(value, str):
         return absolute(value)
     if not isinstance(value, list | tuple) or not value or not all(isinstance(uri, str) for uri in value):
-        raise ValueError("a path or s3:// URI, or a list of them")
+        raise ValueError("a path, an s3:// address, or a list of them")
     return tuple(absolute(uri) for uri in value)
 
 
