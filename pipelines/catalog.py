@@ -134,7 +134,7 @@ def read_catalog(config: CatalogConfig, default: str) -> Catalog:
                 )
         roots.append(Root(folders, csv=True))
         for uri in files:
-            tables += (subset.of(batch) for batch in _read_csv(uri))
+            tables += _read_csv(uri, subset)
     if given["tars"]:
         files = _matching("tars", given["tars"], "tar shards, for example /data/shards/*.tar")
         parents = sorted({_split(uri)[0] for uri in files})
@@ -216,22 +216,23 @@ def _threaded(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
 # csv
 
 
-def _read_csv(uri: str) -> Iterator[pa.Table]:
+def _read_csv(uri: str, subset: "_Subset") -> list[pa.Table]:
     """By pyarrow, or where that refuses (a ragged row) by Python's csv, which tells the row from the others."""
     folder, name = _split(uri)
     with _named("csv", uri), storage.local_copies(folder, [name]) as copies:
         file = copies / name
         header = _header(file, uri)
         try:
-            # Kept until the whole file is read: a refusal in the middle must not leave half of it twice.
-            tables = list(_parse_fast(file, header))
+            return [subset.of(_plausible(table, uri)) for table in _parse_fast(file, header)]
         except pa.ArrowInvalid:
-            tables = list(_parse_row_by_row(file, header, uri))
-    for table in tables:
-        longest = pc.max(pc.binary_length(table["caption"])).as_py() or 0
-        if longest > LONGEST:
-            raise _open_quote(uri, f"a name of {longest} bytes")
-    yield from tables
+            return [subset.of(_plausible(table, uri)) for table in _parse_row_by_row(file, header, uri)]
+
+
+def _plausible(table: pa.Table, uri: str) -> pa.Table:
+    longest = pc.max(pc.binary_length(table["caption"])).as_py() or 0
+    if longest > LONGEST:
+        raise _open_quote(uri, f"a name of {longest} bytes")
+    return table
 
 
 def _header(file: Path, uri: str) -> list[str]:
