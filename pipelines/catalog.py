@@ -1,66 +1,445 @@
-"""What is to be encoded: a WebVid csv and the mp4 files it names, under page_dir/videoid.mp4 or videoid.mp4."""
+"""What is to be encoded: rows of WebVid csvs, samples in tar shards, files in folders, or all of them together.
+
+Up to 10 million rows: they stand in a table of Arrow columns, and become `Video`s a slice at a time.
+
+A videoid is a csv's own; of a tar's sample its shard and its name, `00000~000000012`; of a file in a folder its path
+there without extension, `cats~one`. In the last two / is ~, and what is not a letter, a digit or one of _ . - is %XX.
+"""
 
 import csv
 import hashlib
-import io
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
-from pipelines import storage
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+from pipelines import storage, tars
 from pipelines.config import CatalogConfig
 from pipelines.errors import UserError
 
 COLUMNS = ("videoid", "name")
+BLOCK = 4 * 1024 * 1024  # bytes of a csv parsed at once
+BATCH = 65536  # rows handled at once
+LONGEST = 131072  # bytes of a caption: more are rows that an open quote has swallowed
+THREADS = 16  # that wait for a disk or for S3
+
+# Why a video is rejected without being looked at.
+PROBLEMS = {
+    "": "",
+    "unsafe_name": "a name that is empty, or that would leave the folder of videos",
+    "duplicate_id": "an earlier row has this videoid",
+    "ragged_row": "the row of the csv has more or fewer fields than the header",
+    "damaged_tar": "the tar is empty, damaged or cut off here",
+    "missing": "the tar has this sample's caption, but no video",
+}
+CODES = {problem: code for code, problem in enumerate(PROBLEMS)}
+UNSAFE_ID = r"^\.{0,2}$|[/\\:\x00]"
+UNSAFE_PAGE = r"^/|//|/$|(^|/)\.{1,2}(/|$)|[\\:\x00]"
+
+SCHEMA = pa.schema(
+    {
+        "videoid": pa.large_string(),
+        "caption": pa.large_string(),
+        "place": pa.dictionary(pa.int32(), pa.large_string()),  # under its root: a page folder, a tar, or the file
+        "root": pa.int32(),
+        "offset": pa.int64(),
+        "size": pa.int64(),
+        "problem": pa.int8(),
+    }
+)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Video:
+    """One row of the plan."""
+
     videoid: str
-    page_dir: str
     caption: str
-    duplicate: bool = False
+    sources: tuple[str, ...]  # full URIs where its file may stand, the likelier first; none of a name that is unsafe
+    offset: int = 0  # in that file, of a tar's member
+    size: int = -1  # -1: the whole file
+    problem: str = ""  # why it is rejected without being looked at, one of PROBLEMS
 
-    @property
-    def safe(self) -> bool:
-        """Names from a csv cannot leave their folder."""
-        parts = [self.videoid, *self.page_dir.split("/")] if self.page_dir else [self.videoid]
-        return all(p not in ("", ".", "..") and "/" not in p and not set(p) & set("\\\0:") for p in parts)
 
-    @property
-    def paths(self) -> list[str]:
-        """Where the file may stand in the folder of videos, the likelier place first."""
-        flat = f"{self.videoid}.mp4"
-        return [storage.join(self.page_dir, flat), flat] if self.page_dir else [flat]
+class Root(NamedTuple):
+    """Where files stand: of a csv in any of its folders, under the page folder or not; else in the one folder."""
+
+    folders: tuple[str, ...]
+    csv: bool = False
 
 
 @dataclass(frozen=True)
 class Catalog:
-    videos: list[Video]
-    folder: str
-    digest: str
+    table: pa.Table  # sorted by videoid, then in order of appearance
+    digest: str  # of the rows and of where each stands in its root, not of where the roots are
+    source: str
+    roots: tuple[Root, ...]
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def videos(self, start: int, stop: int) -> list[Video]:
+        columns = self.table.slice(start, max(0, stop - start)).to_pydict()
+        return [self._video(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+
+    def _video(self, videoid: str, caption: str, place: str, root: int, offset: int, size: int, problem: str) -> Video:
+        folders, is_csv = self.roots[root]
+        names = [place]
+        if is_csv:
+            names = [f"{place}/{videoid}.mp4", f"{videoid}.mp4"] if place else [f"{videoid}.mp4"]
+        if problem in ("unsafe_name", "ragged_row"):
+            names = []
+        # Not posixpath.join, which would let a name with a leading / take the folder's place.
+        sources = tuple(f"{folder.rstrip('/')}/{name}" for folder in folders for name in names)
+        return Video(videoid, caption, sources, offset, size, problem)
 
 
 def read_catalog(config: CatalogConfig, default: str) -> Catalog:
-    """Every row of the csv, sorted by videoid; `default` is the data set of jobs.make_shapes."""
-    uri = config.csv or storage.join(default, "videos.csv")
-    folder = config.videos or storage.join(default, "videos")
-    if not storage.exists(uri):
-        made = "" if config.csv else " (python -m jobs.make_shapes writes one to try with)"
-        raise UserError(f"catalog.csv={uri}: there is no such file{made}")
-    if storage.is_local(folder) and not storage.exists(folder):
-        raise UserError(f"catalog.videos={folder}: there is no such folder; the files of {uri} are looked for in it")
-    data = storage.read(uri)
-    rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig", errors="replace"), newline=""))
-    missing = [name for name in COLUMNS if name not in (rows.fieldnames or [])]
+    """Every row of every source; `default` is the data set of jobs.make_shapes."""
+    given = {key: _many(getattr(config, key)) for key in ("csv", "tars", "folder")}
+    source = " ".join(f"catalog.{key}={','.join(uris)}" for key, uris in given.items() if uris)
+    folders = _many(config.videos) or (storage.join(default, "videos"),)
+    if not source:
+        uri = storage.join(default, "videos.csv")
+        if not storage.exists(uri):
+            raise UserError(
+                f"catalog.csv={uri}: there is no such file (python -m jobs.make_shapes writes one to try with)"
+            )
+        given["csv"], source = (uri,), f"catalog.csv={uri}"
+    elif config.videos and not given["csv"]:
+        raise UserError(f"catalog.videos={','.join(folders)}: goes with catalog.csv, which names the files in it")
+
+    tables: list[pa.Table] = []
+    roots: list[Root] = []
+    subset = _Subset(config.subset)
+    if given["csv"]:
+        files = _matching("csv", given["csv"], "a csv with the columns videoid and name")
+        for folder in folders:
+            if storage.is_local(folder) and not storage.exists(folder):
+                raise UserError(
+                    f"catalog.videos={folder}: there is no such folder; "
+                    f"the files of {given['csv'][0]} are looked for in it"
+                )
+        roots.append(Root(folders, csv=True))
+        for uri in files:
+            tables += _read_csv(uri, subset)
+    if given["tars"]:
+        files = _matching("tars", given["tars"], "tar shards, for example /data/shards/*.tar")
+        parents = sorted({_split(uri)[0] for uri in files})
+        place = {parent: len(roots) + i for i, parent in enumerate(parents)}
+        roots += (Root((parent,)) for parent in parents)
+        tables += _threaded(lambda uri: subset.of(_read_tar(uri, place[_split(uri)[0]])), files)
+    for folder in given["folder"]:
+        tables.append(subset.of(_read_folder(folder, len(roots))))
+        roots.append(Root((folder,)))
+
+    table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+    if not table.num_rows:
+        chosen = f" of which catalog.subset={config.subset} leaves any" if config.subset else ""
+        raise UserError(f"{source}: holds no videos{chosen}")
+    del tables
+    table = _sorted(table, config.limit)
+    return Catalog(table, _digest(table), source, tuple(roots))
+
+
+def _many(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value or ()
+
+
+def _split(uri: str) -> tuple[str, str]:
+    folder, _, name = uri.rpartition("/")
+    return folder or "/", name
+
+
+def _matching(key: str, patterns: tuple[str, ...], expected: str) -> list[str]:
+    """Each file once, in the order of the patterns."""
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        with _named(key, pattern):
+            files = storage.glob(pattern)
+        if not files:
+            said = "no file matches" if set("*?[") & set(pattern) else "there is no such file"
+            raise UserError(f"catalog.{key}={pattern}: {said}; expected is {expected}")
+        found |= dict.fromkeys(files)
+    for uri in found:
+        if not _is_utf8(uri):
+            raise UserError(f"catalog.{key}={uri!a}: the name is not UTF-8; rename the file")
+    return list(found)
+
+
+@contextmanager
+def _named(key: str, uri: str) -> Iterator[None]:
+    """What only the user can mend, by the key and the value that led to it; what may pass stays an OSError."""
+    try:
+        yield
+    except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        why = (
+            "is a folder, and a file is expected"
+            if isinstance(error, IsADirectoryError)
+            else f"cannot be read: {error}"
+        )
+        raise UserError(f"catalog.{key}={uri}: {' '.join(why.split())}") from None
+    except OSError as error:
+        raise OSError(f"catalog.{key}={uri}: {error}") from error
+
+
+def _is_utf8(name: str) -> bool:
+    """Names of other bytes come from Python as surrogates, which no table can hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _threaded(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """In the order of the items; the first error ends it without waiting for what has not begun."""
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        return list(pool.map(work, items))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# csv
+
+
+def _read_csv(uri: str, subset: "_Subset") -> list[pa.Table]:
+    """By pyarrow, or where that refuses (a ragged row) by Python's csv, which tells the row from the others."""
+    folder, name = _split(uri)
+    with _named("csv", uri), storage.local_copies(folder, [name]) as copies:
+        file = copies / name
+        header = _header(file, uri)
+        try:
+            return [subset.of(_plausible(table, uri)) for table in _parse_fast(file, header)]
+        except pa.ArrowInvalid:
+            return [subset.of(_plausible(table, uri)) for table in _parse_row_by_row(file, header, uri)]
+
+
+def _plausible(table: pa.Table, uri: str) -> pa.Table:
+    longest = pc.max(pc.binary_length(table["caption"])).as_py() or 0
+    if longest > LONGEST:
+        raise _open_quote(uri, f"a name of {longest} bytes")
+    return table
+
+
+def _header(file: Path, uri: str) -> list[str]:
+    with _text(file) as lines, _one_line(uri):
+        header = next((row for row in csv.reader(lines) if row), [])
+    for column in COLUMNS:
+        if header.count(column) > 1:
+            raise UserError(f"catalog.csv={uri}: has the column {column} {header.count(column)} times")
+    missing = [column for column in COLUMNS if column not in header]
     if missing:
-        raise UserError(f"catalog.csv={uri}: has no column {', '.join(missing)}; found are {rows.fieldnames or 'none'}")
-    seen: set[str] = set()
-    videos = []
-    for row in rows:
-        videoid = row["videoid"] or ""
-        videos.append(Video(videoid, row.get("page_dir") or "", row["name"] or "", videoid in seen))
-        seen.add(videoid)
-    if not videos:
-        raise UserError(f"catalog.csv={uri}: holds no videos")
-    return Catalog(
-        sorted(videos, key=lambda v: (v.videoid, v.duplicate)), folder, hashlib.sha256(data).hexdigest()[:16]
+        found = ", ".join(header)[:200] or "none"
+        raise UserError(f"catalog.csv={uri}: has no column {', '.join(missing)}; found are {found!r}")
+    return header
+
+
+def _text(file: Path) -> Any:
+    return file.open(encoding="utf-8-sig", errors="replace", newline="")
+
+
+@contextmanager
+def _one_line(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except csv.Error as error:
+        raise _open_quote(uri, str(error)) from None
+
+
+def _open_quote(uri: str, found: str) -> UserError:
+    return UserError(f"catalog.csv={uri}: is no csv ({found}); is a quoted field left open?")
+
+
+def _parse_fast(file: Path, header: list[str]) -> Iterator[pa.Table]:
+    wanted = {name: f"f{header.index(name)}" for name in ("videoid", "name", "page_dir") if name in header}
+    with pa.OSFile(str(file)) as stream:
+        batches = pyarrow.csv.open_csv(
+            stream,
+            # The header is read as a row, so that no name in it, twice or not UTF-8, is a reason to refuse.
+            pyarrow.csv.ReadOptions(autogenerate_column_names=True, block_size=BLOCK),
+            pyarrow.csv.ParseOptions(newlines_in_values=True),
+            pyarrow.csv.ConvertOptions(
+                include_columns=list(wanted.values()), column_types=dict.fromkeys(wanted.values(), pa.binary())
+            ),
+        )
+        is_header = True
+        for batch in batches:
+            batch = batch.slice(1) if is_header and batch.num_rows else batch
+            is_header = is_header and not batch.num_rows
+            columns = {name: _decoded(batch[column]) for name, column in wanted.items()}
+            yield _csv_rows(columns["videoid"], columns.get("page_dir"), columns["name"])
+
+
+def _decoded(column: pa.Array) -> pa.Array:
+    try:
+        return column.cast(pa.large_string())
+    except pa.ArrowInvalid:
+        return pa.array([value.decode("utf-8", "replace") for value in column.to_pylist()], pa.large_string())
+
+
+def _parse_row_by_row(file: Path, header: list[str], uri: str) -> Iterator[pa.Table]:
+    places = [header.index(name) if name in header else -1 for name in ("videoid", "page_dir", "name")]
+    rows: list[tuple[str, ...]] = []
+    ragged: list[bool] = []
+    with _text(file) as lines, _one_line(uri):
+        reader = (row for row in csv.reader(lines) if row)
+        next(reader)
+        for row in reader:
+            rows.append(tuple(row[i] if 0 <= i < len(row) else "" for i in places))
+            ragged.append(len(row) != len(header))
+            if len(rows) == BATCH:
+                yield _csv_rows(*_columns(rows), ragged=ragged)
+                rows, ragged = [], []
+    yield _csv_rows(*_columns(rows), ragged=ragged)
+
+
+def _columns(rows: list[tuple[str, ...]]) -> tuple[pa.Array, pa.Array, pa.Array]:
+    videoids, pages, captions = (pa.array([row[i] for row in rows], pa.large_string()) for i in range(3))
+    return videoids, pages, captions
+
+
+def _csv_rows(videoids: pa.Array, pages: pa.Array | None, captions: pa.Array, ragged: Any = False) -> pa.Table:
+    unsafe = pc.match_substring_regex(videoids, UNSAFE_ID)
+    if pages is None:
+        pages = pa.repeat(pa.scalar("", pa.large_string()), len(videoids))
+    unsafe = pc.or_(unsafe, pc.match_substring_regex(pages, UNSAFE_PAGE))
+    problems = np.where(unsafe, CODES["unsafe_name"], np.where(ragged, CODES["ragged_row"], 0)).astype(np.int8)
+    return _table(videoids, captions, pages, 0, 0, -1, problems)
+
+
+# tars and folders
+
+
+def _read_tar(uri: str, root: int) -> pa.Table:
+    with _named("tars", uri), storage.ranges(uri) as read_at:
+        try:
+            found = tars.samples(read_at)
+        except tars.Damaged:
+            raise UserError(f"catalog.tars={uri}: is no tar; it begins with {read_at(0, 24)!r}") from None
+    return _table(
+        [tars.member_id(uri, sample.name) for sample in found],
+        [sample.caption for sample in found],
+        [_split(uri)[1]] * len(found),
+        root,
+        [sample.offset for sample in found],
+        [sample.size for sample in found],
+        [CODES[sample.problem] for sample in found],
     )
+
+
+def _read_folder(uri: str, root: int) -> pa.Table:
+    with _named("folder", uri):
+        names = storage.files_below(uri)
+    there = set(names)
+    videos = [name for name in names if posixpath.splitext(name)[1].lower() in tars.VIDEOS]
+    if not videos:
+        said = "there is no such folder, or it" if not names else f"of its {len(names)} files none"
+        raise UserError(f"catalog.folder={uri}: {said} has {', '.join(tars.VIDEOS)}")
+    stems = [posixpath.splitext(name)[0] for name in videos]
+
+    def caption(stem: str) -> str:
+        if f"{stem}.txt" not in there:
+            return ""
+        with _named("folder", file := f"{uri.rstrip('/')}/{stem}.txt"):
+            return tars.text(storage.read(file))
+
+    return _table(
+        [tars.escaped(stem) for stem in stems],
+        _threaded(caption, stems),
+        [name.encode("utf-8", "replace").decode() for name in videos],
+        root,
+        0,
+        -1,
+        [0 if _is_utf8(name) else CODES["unsafe_name"] for name in videos],
+    )
+
+
+def _table(videoids: Any, captions: Any, places: Any, root: int, offsets: Any, sizes: Any, problems: Any) -> pa.Table:
+    """Columns from arrays, lists, or one number for all rows."""
+    given = dict(zip(SCHEMA.names, (videoids, captions, places, root, offsets, sizes, problems), strict=True))
+    columns = []
+    for field in SCHEMA:
+        values = given[field.name]
+        if isinstance(values, int):
+            values = np.full(len(videoids), values)
+        if field.name == "place":
+            columns.append(pa.array(values, pa.large_string()).dictionary_encode())
+        else:
+            columns.append(pa.array(values, field.type))
+    return pa.table(columns, schema=SCHEMA)
+
+
+# all of them
+
+
+class _Subset:
+    """A share of the videos, as a function of the videoid alone."""
+
+    def __init__(self, share: str | None) -> None:
+        self._below = None
+        if share:
+            part, whole = re.split("/", share)
+            self._below = 2**64 * int(part) // int(whole)
+
+    def of(self, table: pa.Table) -> pa.Table:
+        below = self._below
+        if below is None:
+            return table
+        return table.filter(pa.array([_place_of(v) < below for v in table["videoid"].to_pylist()], pa.bool_()))
+
+
+def _place_of(videoid: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"subset/{videoid}".encode()).digest()[:8], "big")
+
+
+def _sorted(table: pa.Table, limit: int | None) -> pa.Table:
+    """The table by videoid, a column at a time, so that two copies of one column are the most there is."""
+    table = table.unify_dictionaries()
+    order = pc.sort_indices(table["videoid"])[:limit]
+    columns = {}
+    for name in SCHEMA.names:
+        columns[name] = pc.take(table[name], order).combine_chunks()
+        table = table.drop_columns([name])
+    columns["problem"] = _with_duplicates(columns["videoid"], columns["problem"])
+    return pa.table(columns)
+
+
+def _with_duplicates(videoids: pa.Array, codes: pa.Array) -> pa.Array:
+    """Of the rows with one id, the first that nothing else rejects keeps it."""
+    codes = codes.to_numpy().copy()
+    other = np.ones(len(videoids), bool)
+    other[1:] = pc.not_equal(videoids.slice(1), videoids.slice(0, len(videoids) - 1)).to_numpy(zero_copy_only=False)
+    ids = np.cumsum(other, dtype=np.int32)
+    good = np.flatnonzero(codes == 0)
+    codes[good[np.diff(ids[good], prepend=0) == 0]] = CODES["duplicate_id"]
+    return pa.DictionaryArray.from_arrays(pa.array(codes), list(PROBLEMS))
+
+
+def _digest(table: pa.Table) -> str:
+    """Of every column but `root`, whatever the chunks and dictionaries."""
+    digest = hashlib.sha256()
+    for start in range(0, table.num_rows, BATCH):
+        for name in ("videoid", "caption", "place", "offset", "size", "problem"):
+            for values in table[name].slice(start, BATCH).chunks:
+                if name in ("offset", "size"):
+                    digest.update(values.to_numpy())
+                    continue
+                values = values.cast(pa.large_string())
+                digest.update(pc.binary_length(values).to_numpy())
+                offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
+                digest.update(memoryview(values.buffers()[2] or b"")[offsets[0] : offsets[-1]])
+    return digest.hexdigest()[:16]

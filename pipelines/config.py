@@ -13,6 +13,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -40,6 +41,25 @@ PUBLISHED = "published"  # stands for the weights that family.weights names
 TAKEN = ("real", "reference", PUBLISHED)
 
 Uri = Annotated[str, AfterValidator(absolute)]
+
+
+def _absolute_each(value: Any) -> Any:
+    """One URI or a list of them, checked here so that an error names the key and not a place in a union."""
+    if isinstance(value, str):
+        return absolute(value)
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(uri, str) for uri in value):
+        raise ValueError("a path, an s3:// address, or a list of them")
+    return tuple(absolute(uri) for uri in value)
+
+
+def _share(value: Any) -> Any:
+    found = re.fullmatch(r"([1-9]\d{0,17})/([1-9]\d{0,17})", value) if isinstance(value, str) else None
+    if not found or int(found[1]) > int(found[2]):
+        raise ValueError("a share of the videos, for example 1/64")
+    return value
+
+
+Uris = Annotated[str | tuple[str, ...], BeforeValidator(_absolute_each)]
 RowOrUri = Annotated[str, AfterValidator(lambda name: absolute(name) if "/" in name else name)]
 
 
@@ -91,10 +111,26 @@ class ShapesConfig(Section):
 
 
 class CatalogConfig(Section):
-    """The videos to encode; by default those of jobs.make_shapes."""
+    """The videos to encode, from one place or several; by default those of jobs.make_shapes."""
 
-    csv: Uri | None = Field(None, description="WebVid csv: videoid,contentUrl,duration,page_dir,name")
-    videos: Uri | None = Field(None, description="folder or s3:// prefix of page_dir/videoid.mp4 or videoid.mp4")
+    csv: Uris | None = Field(
+        None,
+        description="WebVid csv: videoid,contentUrl,duration,page_dir,name; files, or patterns such as /data/*.csv",
+    )
+    videos: Uris | None = Field(
+        None, description="folder or s3:// prefix of the csv's page_dir/videoid.mp4 or videoid.mp4; or several"
+    )
+    tars: Uris | None = Field(
+        None,
+        description="shards of .mp4 .txt .json (video2dataset, webdataset); files, or patterns such as /data/*.tar",
+    )
+    folder: Uris | None = Field(
+        None, description="folder or s3:// prefix of videos, captions in a .txt beside each or none; or several"
+    )
+    subset: Annotated[str, BeforeValidator(_share)] | None = Field(
+        None, description="only this share of the videos, e.g. 1/64, chosen by videoid: more videos do not change it"
+    )
+    limit: PositiveInt | None = Field(None, description="only the first so many, by videoid")
 
 
 class CacheConfig(Section):

@@ -1,14 +1,16 @@
 """The one place that reads and writes files: a URI is a local path or s3://bucket/key. Writes are whole or absent."""
 
 import fcntl
+import glob as local_glob
 import hashlib
 import json
 import os
 import posixpath
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,6 +38,44 @@ def read(uri: str) -> bytes:
         return Path(uri).read_bytes()
     with _remote(uri) as remote:
         return bytes(remote.cat_file(uri))
+
+
+def read_range(uri: str, offset: int, size: int) -> bytes:
+    """`size` bytes from `offset` on (-1: all), or as many as there are: none behind the end."""
+    with ranges(uri) as read_at:
+        return read_at(offset, size)
+
+
+@contextmanager
+def ranges(uri: str) -> Iterator[Callable[[int, int], bytes]]:
+    """read_range for many ranges of one file, which is opened once."""
+    if is_local(uri):
+        with open(uri, "rb", buffering=0) as file:
+            yield lambda offset, size: _at(file, offset, size)
+        return
+    with _remote(uri) as remote:
+        yield lambda offset, size: _fetched(remote, uri, offset, size)
+
+
+def _at(file: FileIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    data = file.read(size) or b""
+    while 0 < len(data) < size and (more := file.read(size - len(data))):  # one read gives 2 GiB at most
+        data += more
+    return data
+
+
+def _fetched(remote: Any, uri: str, offset: int, size: int) -> bytes:
+    if not size:
+        return b""
+    try:
+        return bytes(remote.cat_file(uri, start=offset, end=None if size < 0 else offset + size))
+    except OSError as error:
+        # S3 has no empty ranges: it refuses one that begins behind the end.
+        answer = getattr(error.__cause__, "response", {})
+        if answer.get("Error", {}).get("Code") in ("InvalidRange", "416"):
+            return b""
+        raise
 
 
 def write(uri: str, data: bytes) -> None:
@@ -119,6 +159,43 @@ def names(uri: str) -> set[str]:
     with _remote(uri) as remote, suppress(FileNotFoundError):
         return {posixpath.basename(path) for path in remote.ls(uri, detail=False)}
     return set()
+
+
+def glob(uri: str) -> list[str]:
+    """The URIs of the files that match * ? [a-z] **, sorted. A file with just this name is meant before a pattern."""
+    if not local_glob.has_magic(uri):
+        return [uri] if exists(uri) else []
+    if is_local(uri):
+        if os.path.isfile(uri):
+            return [uri]
+        return sorted(path for path in local_glob.glob(uri, recursive=True) if os.path.isfile(path))
+    with _remote(uri) as remote:
+        if remote.isfile(uri):
+            return [uri]
+        found = remote.glob(uri, detail=True)
+        return sorted(remote.unstrip_protocol(path) for path, info in found.items() if info["type"] == "file")
+
+
+def files_below(uri: str) -> list[str]:
+    """The names, relative to this folder, of all files in it and in its folders, sorted."""
+    if not is_local(uri):
+        with _remote(uri) as remote:
+            skipped = len(remote._strip_protocol(uri).rstrip("/")) + 1
+            return sorted(path[skipped:] for path in remote.find(uri) if path[skipped:] and not path.endswith("/"))
+    found: list[str] = []
+    walked = {os.path.realpath(uri)}  # links are followed, but not in circles
+    for folder, inner, inside in os.walk(uri, onerror=_raise, followlinks=True):
+        start = os.path.relpath(folder, uri)
+        found += inside if start == "." else (f"{start}/{name}" for name in inside)
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(inner)}
+        inner[:] = [name for name, path in real.items() if path not in walked]
+        walked.update(real.values())
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    """What os.walk would pass over: a folder that cannot be read is not an empty one."""
+    raise error
 
 
 @contextmanager

@@ -1,8 +1,12 @@
 """The same jobs on s3:// URIs, against a real S3 endpoint that the test starts."""
 
+import io
+import json
+import logging
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import boto3
@@ -12,6 +16,9 @@ from moto.server import ThreadedMotoServer
 
 from cil import InitialNoise
 from pipelines import storage
+from pipelines.catalog import read_catalog
+from pipelines.config import CatalogConfig
+from pipelines.errors import UserError
 from pipelines.initial_noise import FILE
 from pipelines.make_shapes import make_shapes
 
@@ -53,6 +60,158 @@ def test_files_are_written_listed_and_read(endpoint):
     assert storage.names("s3://webvid/a") == {"b.bin", "c.bin"}
     assert storage.names("s3://webvid/nowhere") == set()
     assert storage.read("s3://webvid/a/b.bin") == b"12"
+
+
+def test_ranges_are_read_and_there_is_nothing_behind_the_end(endpoint):
+    storage.write("s3://webvid/r/digits", b"0123456789")
+    storage.write("s3://webvid/r/empty", b"")
+    with storage.ranges("s3://webvid/r/digits") as read_at:
+        found = [read_at(*place) for place in ((0, 3), (3, 99), (7, -1), (10, 5), (99, 5), (2, 0))]
+    assert found == [b"012", b"3456789", b"789", b"", b"", b""]
+    assert storage.read_range("s3://webvid/r/digits", 4, 2) == b"45"
+    assert storage.read_range("s3://webvid/r/empty", 0, 5) == b""
+    with pytest.raises(FileNotFoundError):
+        storage.read_range("s3://webvid/r/none", 0, 5)
+
+
+def test_files_are_found_by_pattern_and_below_a_folder(endpoint):
+    for name in ("b.tar", "a.tar", "sub/c.tar", "sub/d.txt", "[a].tar"):
+        storage.write(f"s3://webvid/glob/{name}", b"x")
+    found = {
+        pattern: [uri.removeprefix("s3://webvid/glob/") for uri in storage.glob(f"s3://webvid/glob/{pattern}")]
+        for pattern in ("*.tar", "**/*.tar", "*", "[a].tar", "[b].tar", "a.tar", "none.tar", "none/*.tar")
+    }
+    assert found == {
+        "*.tar": ["[a].tar", "a.tar", "b.tar"],
+        "**/*.tar": ["[a].tar", "a.tar", "b.tar", "sub/c.tar"],
+        "*": ["[a].tar", "a.tar", "b.tar"],
+        "[a].tar": ["[a].tar"],
+        "[b].tar": ["b.tar"],
+        "a.tar": ["a.tar"],
+        "none.tar": [],
+        "none/*.tar": [],
+    }
+    for folder in ("s3://webvid/glob", "s3://webvid/glob/"):
+        assert storage.files_below(folder) == ["[a].tar", "a.tar", "b.tar", "sub/c.tar", "sub/d.txt"]
+    assert storage.files_below("s3://webvid/none") == []
+
+
+class Requests(logging.Handler):
+    """What the S3 endpoint says it answered."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def requests(endpoint):
+    handler, logger = Requests(), logging.getLogger("werkzeug")
+    logger.addHandler(handler)
+    yield handler.lines
+    logger.removeHandler(handler)
+
+
+def shard(keys: list[str]) -> bytes:
+    """As video2dataset writes them: videos of more than one read."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for key in keys:
+            about = json.dumps({"videoid": key, "url": "https://example.org/" + "x" * 2000}).encode()
+            for name, content in (
+                (f"{key}.mp4", key.encode() * 20_000),
+                (f"{key}.txt", f"of {key}".encode()),
+                (f"{key}.json", about),
+            ):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+def test_tars_are_indexed_with_a_request_a_sample_and_without_their_videos(endpoint, requests, tmp_path):
+    keys = {f"{i:05d}.tar": [f"{i:05d}{j:04d}" for j in range(12)] for i in range(5)}
+    whole = 0
+    for name, inside in keys.items():
+        data = shard(inside)
+        whole += len(data)
+        storage.write(f"s3://webvid/shards/{name}", data)
+        (tmp_path / name).write_bytes(data)
+    requests.clear()
+    catalog = read_catalog(CatalogConfig(tars="s3://webvid/shards/*.tar"), "")
+    gets = {name: sum(f"GET /webvid/shards/{name} " in line for line in requests) for name in keys}
+    assert set(gets.values()) == {12 + 1}, gets  # the first header, and then one for each sample
+    assert len(catalog) == 60
+    assert catalog.digest == read_catalog(CatalogConfig(tars=f"{tmp_path}/*.tar"), "").digest
+    for video in catalog.videos(0, 60):
+        name, key = video.videoid.split("~")
+        assert (video.sources, video.caption) == ((f"s3://webvid/shards/{name}.tar",), f"of {key}")
+        assert storage.read_range(*video.sources, video.offset, video.size) == key.encode() * 20_000
+
+
+def test_a_cut_tar_on_s3_is_what_it_is_on_a_disk(endpoint, tmp_path):
+    data = shard(["a", "b", "c"])
+    for cut in (512, 20_000, 30_000, 70_000, len(data) - 10_240):
+        (tmp_path / "t.tar").write_bytes(data[:cut])
+        storage.write("s3://webvid/cut/t.tar", data[:cut])
+        there, here = (
+            read_catalog(CatalogConfig(tars=f"{folder}/t.tar"), "") for folder in ("s3://webvid/cut", tmp_path)
+        )
+        assert there.digest == here.digest
+        assert "damaged_tar" in [video.problem for video in there.videos(0, 9)]
+    storage.write("s3://webvid/cut/html.tar", b"<html>")
+    storage.write("s3://webvid/cut/none.tar", b"")
+    for name in ("html", "none"):
+        with pytest.raises(UserError, match=rf"catalog\.tars=s3://webvid/cut/{name}\.tar: is no tar"):
+            read_catalog(CatalogConfig(tars=f"s3://webvid/cut/{name}.tar"), "")
+
+
+def test_csvs_tars_and_folders_of_disk_and_s3_are_one_catalog(endpoint, tmp_path):
+    (tmp_path / "a.csv").write_text("videoid,name\n1,here\n")
+    storage.write("s3://webvid/mixed/b.csv", "videoid,name,page_dir\n2,café,p\n".encode())
+    storage.write("s3://webvid/mixed/set/sub/3.mp4", b"v")
+    storage.write("s3://webvid/mixed/set/sub/3.txt", b"there\n")
+    storage.write("s3://webvid/mixed/set/sub/notes.pdf", b"x")
+    (tmp_path / "t.tar").write_bytes(shard(["k"]))
+    config = CatalogConfig(
+        csv=[f"{tmp_path}/a.csv", "s3://webvid/mixed/*.csv"],
+        videos=[str(tmp_path), "s3://webvid/v"],
+        tars=f"{tmp_path}/t.tar",
+        folder="s3://webvid/mixed/set/",
+    )
+    catalog = read_catalog(config, "")
+    assert [(v.videoid, v.caption, v.sources) for v in catalog.videos(0, len(catalog))] == [
+        ("1", "here", (f"{tmp_path}/1.mp4", "s3://webvid/v/1.mp4")),
+        (
+            "2",
+            "café",
+            (f"{tmp_path}/p/2.mp4", f"{tmp_path}/2.mp4", "s3://webvid/v/p/2.mp4", "s3://webvid/v/2.mp4"),
+        ),
+        ("sub~3", "there", ("s3://webvid/mixed/set/sub/3.mp4",)),
+        ("t~k", "of k", (f"{tmp_path}/t.tar",)),
+    ]
+    for key in ("csv", "tars", "folder"):
+        with pytest.raises(UserError, match=rf"catalog\.{key}=s3://nobucket/x"):
+            read_catalog(CatalogConfig(**{key: "s3://nobucket/x"}), "")
+
+
+def test_a_cache_is_made_of_tars_on_s3(endpoint, smallest, tmp_path):
+    config = smallest(tmp_path)
+    make_shapes(config)
+    files = sorted((tmp_path / "shapes/videos").rglob("*.mp4"))
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for file in files:
+            tar.add(file, file.name)
+    storage.write("s3://webvid/packed/0.tar", data.getvalue())
+    done = job("build_cache", f"out={tmp_path}", "catalog.tars=s3://webvid/packed/*.tar")
+    assert done.returncode == 0, done.stderr
+    counts = json.loads((tmp_path / "cache/manifest.json").read_text())["counts"]
+    assert counts["clips"] == config.shapes.videos * config.cache.views_per_video
+    assert counts["rejected_videos"] == len(files) - config.shapes.videos
 
 
 def test_weights_are_copied_once_for_each_version_of_them(endpoint, tmp_path, monkeypatch):

@@ -25,16 +25,16 @@ def made(tmp_path_factory) -> Callable[..., Manifest]:
     """made("key=value", ...) -> a cache of one part: three videos of noise, two of them with one caption."""
     folder = tmp_path_factory.mktemp("videos")
     random = np.random.default_rng(0)
-    videos = [Video(str(i), "", caption) for i, caption in enumerate(CAPTIONS)]
+    videos = [Video(str(i), caption, (str(folder / f"{i}.mp4"),)) for i, caption in enumerate(CAPTIONS)]
     for video in videos:
         coarse = random.integers(0, 255, (8, 4, 4, 3), dtype=np.uint8)
-        (folder / f"{video.videoid}.mp4").write_bytes(encode(coarse.repeat(8, 1).repeat(8, 2), 8))
+        Path(*video.sources).write_bytes(encode(coarse.repeat(8, 1).repeat(8, 2), 8))
 
     def make(*overrides: str) -> Manifest:
         out = tmp_path_factory.mktemp("cache")
         size = ("family.preset=tiny", "family.frames=2", "cache.validation=0", "cache.test=0")
         config = load(None, [f"out={out}", *size, *overrides])
-        data, problem = PartMaker(config.model_dump(), str(folder))([asdict(video) for video in videos])
+        data, problem = PartMaker(config.model_dump())([asdict(video) for video in videos])
         assert not problem
         (out / "parts").mkdir()
         (out / "parts" / "part").write_bytes(data)

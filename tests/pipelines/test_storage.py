@@ -73,3 +73,34 @@ def test_rows_go_to_json_lines_and_back(tmp_path):
     rows = [{"a": 1, "b": "ä\n"}, {"a": 2.5, "b": None}]
     storage.write_rows(str(tmp_path / "t.jsonl"), rows)
     assert storage.read_rows(str(tmp_path / "t.jsonl")) == rows
+
+
+def test_ranges_are_read_and_there_is_nothing_behind_the_end(tmp_path):
+    uri = str(tmp_path / "digits")
+    storage.write(uri, b"0123456789")
+    with storage.ranges(uri) as read_at:
+        found = [read_at(*place) for place in ((0, 3), (3, 99), (7, -1), (10, 5), (99, 5), (2, 0))]
+    assert found == [b"012", b"3456789", b"789", b"", b"", b""]
+    assert storage.read_range(uri, 4, 2) == b"45"
+    with pytest.raises(FileNotFoundError):
+        storage.read_range(str(tmp_path / "none"), 0, 5)
+
+
+def test_files_are_found_by_pattern_and_below_a_folder(tmp_path):
+    for name in ("b.tar", "a.tar", "sub/c.tar", "sub/d.txt", "[a].tar", "folder.tar/x"):
+        storage.write(f"{tmp_path}/{name}", b"x")
+    patterns = ("*.tar", "**/*.tar", "*", "[a].tar", "[b].tar", "a.tar", "none.tar", "none/*.tar")
+    found = {p: [uri.removeprefix(f"{tmp_path}/") for uri in storage.glob(f"{tmp_path}/{p}")] for p in patterns}
+    assert found == {
+        "*.tar": ["[a].tar", "a.tar", "b.tar"],
+        "**/*.tar": ["[a].tar", "a.tar", "b.tar", "sub/c.tar"],
+        "*": ["[a].tar", "a.tar", "b.tar"],
+        "[a].tar": ["[a].tar"],
+        "[b].tar": ["b.tar"],
+        "a.tar": ["a.tar"],
+        "none.tar": [],
+        "none/*.tar": [],
+    }
+    assert storage.files_below(str(tmp_path)) == ["[a].tar", "a.tar", "b.tar", "folder.tar/x", "sub/c.tar", "sub/d.txt"]
+    with pytest.raises(FileNotFoundError):
+        storage.files_below(f"{tmp_path}/none")
