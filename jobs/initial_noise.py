@@ -14,4 +14,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command("initial_noise", __doc__, ("family",), run)
+    command("initial_noise", __doc__, ("family", "cache", "initial_noise"), run)

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -162,20 +162,20 @@ def _planned(snapshot: Artifact, folder: str, catalog: Catalog, size: int) -> pa
 
 
 def plan_parts(hashes: np.ndarray, before: pa.Table | None, size: int) -> pa.Table:
-    """Parts of an earlier plan stay as they are if all their videos are still wanted; the other videos form new ones."""
+    """Parts of an earlier plan stay as they are if all their videos are wanted still; other videos form new ones."""
     part = np.full(len(hashes), -1, np.int32)
     names: list[str] = []
     if before is not None:
         old_hash, old_part = before["hash"].to_numpy(), before["part"].to_numpy()
         lost = np.unique(old_part[~np.isin(old_hash, hashes)])
-        kept = np.setdiff1d(np.arange(len(_names(before)), dtype=np.int32), lost)
-        number = np.full(len(_names(before)), -1, np.int32)
+        kept = np.setdiff1d(np.arange(len(part_names(before)), dtype=np.int32), lost)
+        number = np.full(len(part_names(before)), -1, np.int32)
         number[kept] = np.arange(len(kept))
         order = np.argsort(old_hash, kind="stable")
         at = np.clip(np.searchsorted(old_hash[order], hashes), 0, len(order) - 1)
         found = old_hash[order][at] == hashes
         part[found] = number[old_part[order][at]][found]
-        names = [_names(before)[i] for i in kept]
+        names = [part_names(before)[i] for i in kept]
     new = np.flatnonzero(part < 0)
     for begin in range(0, len(new), size):
         rows = new[begin : begin + size]
@@ -184,7 +184,7 @@ def plan_parts(hashes: np.ndarray, before: pa.Table | None, size: int) -> pa.Tab
     return pa.table({"hash": hashes, "part": part}).replace_schema_metadata({"names": json.dumps(names)})
 
 
-def _names(plan: pa.Table) -> list[str]:
+def part_names(plan: pa.Table) -> list[str]:
     names: list[str] = json.loads(plan.schema.metadata[b"names"])
     return names
 
@@ -204,7 +204,7 @@ def _make(config: Config, folder: Artifact, catalog: Catalog, plan: pa.Table) ->
     import ray
 
     views, part = config.cache.views_per_video, plan["part"].to_numpy()
-    names, order = _names(plan), np.argsort(part, kind="stable")
+    names, order = part_names(plan), np.argsort(part, kind="stable")
     ends = np.searchsorted(part[order], np.arange(len(names) + 1))
     there = storage.names(folder.path("parts"))
     parts = [
@@ -218,14 +218,14 @@ def _make(config: Config, folder: Artifact, catalog: Catalog, plan: pa.Table) ->
     if all(f"{name}.index" in there for name in names):
         return []
     cluster.connect()
-    rows = ray.put(Catalog(catalog.table.take(order), catalog.digest, catalog.source))
+    rows = ray.put(replace(catalog, table=catalog.table.take(order)))
     arguments = {"config": config.model_dump(), "folder": folder.path("parts"), "catalog": rows}
     return make_parts(KIND, "clips", parts, PartMaker, arguments, gpus=config.cache.gpus)
 
 
 def _finish(folder: Artifact, snapshot: Artifact, plan: pa.Table, views: int) -> None:
     """The index, the rejects table, the counts, and last the manifest."""
-    names = _names(plan)
+    names = part_names(plan)
     videos = np.bincount(plan["part"].to_numpy(), minlength=len(names))
     parts, tables, rejects = [], [], []
     uris = (folder.path("parts", f"{name}.index") for name in names)

@@ -218,9 +218,8 @@ def _threaded(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 def _read_csv(uri: str, subset: "_Subset") -> list[pa.Table]:
     """By pyarrow, or where that refuses (a ragged row) by Python's csv, which tells the row from the others."""
-    folder, name = _split(uri)
-    with _named("csv", uri), storage.local_copies(folder, [name]) as copies:
-        file = copies / name
+    with _named("csv", uri):
+        file = storage.kept_copy(uri)
         header = _header(file, uri)
         try:
             return [subset.of(_plausible(table, uri)) for table in _parse_fast(file, header)]

@@ -172,6 +172,13 @@ class InitialNoiseConfig(Section):
     where: Where = Field({}, description="only clips with scores in a range: {motion: [0.1, null]}")
 
 
+class ShowCacheConfig(Section):
+    """jobs.show_cache: what it does beside printing the card."""
+
+    verify: bool = Field(False, description="read all parts, and compare their bytes with those that were made")
+    sweep: bool = Field(False, description="remove files of parts that no snapshot cites")
+
+
 class ConditioningConfig(Section):
     """What is done to the conditional image in training."""
 
@@ -288,6 +295,7 @@ class Config(Section):
     shapes: ShapesConfig = ShapesConfig()
     catalog: CatalogConfig = CatalogConfig()
     cache: CacheConfig = CacheConfig()
+    show_cache: ShowCacheConfig = ShowCacheConfig()
     initial_noise: InitialNoiseConfig = InitialNoiseConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     generate: GenerateConfig = GenerateConfig()

@@ -8,7 +8,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from pipelines import storage
 from pipelines.cache import AT_ONCE, Cache, opened
-from pipelines.config import Where
+from pipelines.config import Score, Where
 
+SCORES = get_args(Score)
 OPEN = 256  # files of parts
 CHUNKS = 8  # sizes of a score that a balanced order tells apart
 

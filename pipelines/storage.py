@@ -88,6 +88,14 @@ def write(uri: str, data: bytes) -> None:
         file.write(data)
 
 
+def remove(uri: str) -> None:
+    if is_local(uri):
+        Path(uri).unlink(missing_ok=True)
+        return
+    with _remote(uri) as remote:
+        remote.rm(uri)
+
+
 def put(local: Path, uri: str) -> None:
     """A file of any size, to stand at `uri` whole or not at all."""
     if is_local(uri):

@@ -1,0 +1,124 @@
+"""What a cache holds, for people: its card, pictures of it, whether its bytes are what they were, what nobody needs."""
+
+import hashlib
+import io
+import posixpath
+from collections import Counter
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cil.moments import Moments
+from pipelines import storage
+from pipelines.cache import PLAN, REJECTS, Cache, opened, part_names, read_cache
+from pipelines.config import Config
+from pipelines.errors import Unfinished
+from pipelines.initial_noise import MomentsMaker
+from pipelines.models import family_of
+from pipelines.progress import Progress
+from pipelines.reader import SCORES, ClipReader
+
+SHOWN = 8  # clips on the contact sheet, three frames of each
+LOOKED_AT = 8  # parts whose moments are computed again by `verify`
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+
+
+def show_cache(config: Config) -> None:
+    cache = read_cache(config)
+    print(card(cache))
+    sheet = storage.join(config.out, "cache_card.png")
+    storage.write(sheet, contact_sheet(config, cache))
+    print(f"\npictures: {sheet} (the first, middle and last frame of clips as they come back, and last E[X0])")
+    if unneeded := orphans(cache.uri):
+        size = f"{len(unneeded)} files that no snapshot cites, {unneeded[0]} the first"
+        if config.show_cache.sweep:
+            for uri in unneeded:
+                storage.remove(uri)
+            print(f"removed: {size}")
+        else:
+            print(f"not needed: {size}; show_cache.sweep=true removes them")
+    if config.show_cache.verify:
+        verify(config, cache)
+
+
+def card(cache: Cache) -> str:
+    encoding, counts = cache.encoding, cache.counts
+    index = opened(str(storage.kept_copy(cache.index))).read_all()
+    splits = Counter(index["split"].to_pylist())
+    reasons = Counter(row["reason"] for row in storage.read_rows(storage.join(cache.manifest.uri, REJECTS)))
+    family = encoding["family"]
+    lines = [
+        f"latent cache at {cache.uri}",
+        f"  snapshot    {posixpath.basename(cache.manifest.uri)} of {len(snapshots(cache.uri))}",
+        f"  family      {family['name']}, clips of {family['frames']} x {family['height']} x {family['width']}",
+        f"  encoder     {encoding['encoder']}",
+        f"  clips       {counts['clips']:,} of {counts['planned']:,} planned, in {len(cache.parts):,} parts",
+        "  splits      " + ", ".join(f"{name} {n:,}" for name, n in sorted(splits.items())),
+        f"  rejected    {counts['rejected_videos']:,} videos"
+        + (": " + ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common()) if reasons else ""),
+        f"  bytes       {counts['bytes']:,}, {counts['bytes'] / max(counts['clips'], 1):,.0f} a clip",
+        "  scores      " + "".join(f"{f'{q:.0%}':>9}" for q in QUANTILES),
+    ]
+    for score in SCORES if len(index) else ():
+        values = np.quantile(index[score].to_numpy(), QUANTILES)
+        lines.append(f"    {score:<14}" + "".join(f"{value:9.3f}" for value in values))
+    return "\n".join(lines)
+
+
+def contact_sheet(config: Config, cache: Cache) -> bytes:
+    """Rows of decoded latents, and E[X0] of some parts as the decoder sees it."""
+    family, reader = family_of(config), ClipReader(cache, None)
+    numbers = [int(i) for i in np.linspace(0, len(reader) - 1, min(SHOWN, len(reader)))]
+    latents = reader.batch(numbers)["latents"].float()
+    some = [cache.path(part["name"], "moments") for part in cache.parts[:LOOKED_AT]]
+    mean = Moments.merged(Moments.from_bytes(storage.read(uri)) for uri in some).mean.float()
+    times = [0, family.frames // 2, family.frames - 1]
+    rows = [torch.cat(list(frames[times]), dim=1) for frames in family.decode(torch.cat([latents, mean[None]]))]
+    picture = io.BytesIO()
+    Image.fromarray(torch.cat(rows).numpy()).save(picture, "PNG")
+    return picture.getvalue()
+
+
+def verify(config: Config, cache: Cache) -> None:
+    """Every part has the bytes that the snapshot cites; of some the moments are computed again."""
+    progress = Progress("verify", "bytes", cache.counts["bytes"])
+    damaged = []
+    maker = MomentsMaker(config.model_dump(), cache.uri)
+    again = set(np.linspace(0, len(cache.parts) - 1, min(LOOKED_AT, len(cache.parts))).astype(int))
+    index = opened(str(storage.kept_copy(cache.index))).read_all()
+    numbers, rows, splits = (index[name].to_numpy(zero_copy_only=False) for name in ("part", "row", "drawn_split"))
+    for i, part in enumerate(cache.parts):
+        for ending, digest in (("arrow", "sha256"), ("moments", "moments_sha256")):
+            uri = cache.path(part["name"], ending)
+            if not storage.exists(uri):
+                damaged.append(f"{uri} is missing")
+            elif hashlib.sha256(storage.read(uri)).hexdigest() != part[digest]:
+                damaged.append(f"{uri} has other bytes than when it was made")
+        if i in again and not damaged:
+            mine = sorted(rows[(numbers == i) & (splits == "train")].tolist())
+            made, _ = maker({"part": part["name"], "rows": mine})
+            if made != storage.read(cache.path(part["name"], "moments")):
+                damaged.append(f"{cache.path(part['name'], 'moments')} is not of its clips")
+        progress.advance(part["bytes"])
+    if damaged:
+        mend = "remove those parts' three files and the snapshots that cite them, and run jobs.build_cache again"
+        raise Unfinished(
+            f"{len(damaged)} of {2 * len(cache.parts)} files are damaged: {'; '.join(damaged[:10])}. {mend}"
+        )
+    print(
+        f"verified: {len(cache.parts)} parts have the bytes they were made with, {len(again)} their clips' moments"
+    )
+
+
+def snapshots(folder: str) -> list[str]:
+    """Finished or not."""
+    return sorted(storage.names(storage.join(folder, "snapshots")))
+
+
+def orphans(folder: str) -> list[str]:
+    """Files of parts that no snapshot cites, finished or begun."""
+    plans = (storage.join(folder, "snapshots", name, PLAN) for name in snapshots(folder))
+    cited = {name for uri in plans if storage.exists(uri) for name in part_names(opened(uri).read_all())}
+    parts = storage.join(folder, "parts")
+    return [storage.join(parts, name) for name in sorted(storage.names(parts)) if name.split(".")[0] not in cited]
