@@ -1,7 +1,7 @@
 """Pictures that are the same but for their encoding: a perceptual hash, and which of many hashes are near each other.
 
-    labels = near_duplicates(np.array([picture_hash(frame) for frame in pictures], np.uint64))
-    kept = labels == np.arange(len(labels))
+labels = near_duplicates(np.array([picture_hash(frame) for frame in pictures], np.uint64))
+kept = labels == np.arange(len(labels))
 """
 
 import numpy as np
@@ -36,10 +36,10 @@ def picture_hash(frame: Tensor) -> int:
 def near_duplicates(hashes: np.ndarray, distance: int = 3) -> np.ndarray:
     """int64 [N]: for each of the hashes uint64 [N] the first one of its group, which may be itself.
 
-    Groups are the connected components of hashes that differ in at most `distance` bits, exactly. Hashes of 0 are alone.
+    Groups are the connected components of hashes that differ in at most `distance` bits, exactly. A hash of 0 is alone.
 
-    Cut into `distance` + 1 bands, two such hashes agree in one of them. So hashes are sorted by each band, and those that
-    agree in it are compared each with each, or, where they are many, sorted again in the same way by their other bits.
+    Cut into `distance` + 1 bands, two such hashes agree in one of them. So hashes are sorted by each band, and those
+    that agree in it are compared each with each, or, where they are many, sorted again like that by their other bits.
     """
     if hashes.dtype != np.uint64 or hashes.ndim != 1:
         raise ValueError(f"hashes {hashes.dtype} {list(hashes.shape)}: expected uint64 [N]")
@@ -70,15 +70,15 @@ def _join(hashes: np.ndarray, members: np.ndarray, forest: "_Forest", distance: 
         starts = np.flatnonzero(np.diff(keys[order], prepend=~keys[order[:1]]))
         sizes = np.diff(starts, append=len(x))
         roots = forest.roots(members[order])
-        open_ = np.minimum.reduceat(roots, starts) < np.maximum.reduceat(roots, starts)  # not one component yet
+        unjoined = np.minimum.reduceat(roots, starts) < np.maximum.reduceat(roots, starts)  # not one component yet
         ranks = np.arange(len(x)) - np.repeat(starts, sizes)
-        left = np.repeat(np.where(open_ & (sizes <= SMALL), sizes, 0), sizes) - ranks  # in the group, from here on
+        left = np.repeat(np.where(unjoined & (sizes <= SMALL), sizes, 0), sizes) - ranks  # in the group, from here on
         for apart in range(1, int(left.max(initial=0))):
             left_here = np.flatnonzero(left > apart)
             a, b = order[left_here], order[left_here + apart]
             near = np.bitwise_count(x[a] ^ x[b]) <= distance
             forest.join(members[a[near]], members[b[near]])
-        for i in np.flatnonzero(open_ & (sizes > SMALL)):
+        for i in np.flatnonzero(unjoined & (sizes > SMALL)):
             group = members[order[starts[i] : starts[i] + sizes[i]]]
             roots = forest.roots(group)
             if (roots != roots[0]).any():
@@ -92,7 +92,7 @@ class _Forest:
         self._parent = np.arange(n)
 
     def roots(self, x: np.ndarray) -> np.ndarray:
-        root = self._parent[x]
+        root: np.ndarray = self._parent[x]
         while (further := self._parent[root] != root).any():
             root[further] = self._parent[root[further]]
         self._parent[x] = root

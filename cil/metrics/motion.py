@@ -36,12 +36,13 @@ class Flow:
         self.pictures = grey  # uint8 [h, w] each
         # float32 [h, w, 2] each: how far, in x and y, what is here will have moved in the next picture.
         self.fields = [dis.calc(a, b, still.copy()) for a, b in pairwise(grey)]
-        self._scale = np.array([width / still.shape[1], height / still.shape[0]], np.float32)
+        self._scale = np.float32(width / still.shape[1]), np.float32(height / still.shape[0])
 
     @property
     def mean(self) -> float:
         """In pixels of the frames as they were given, a frame."""
-        return float(np.mean([np.linalg.norm(field * self._scale, axis=-1).mean() for field in self.fields]))
+        moves = ((field[..., 0] * self._scale[0], field[..., 1] * self._scale[1]) for field in self.fields)
+        return float(np.mean([np.sqrt(x * x + y * y).mean() for x, y in moves]))
 
 
 def motion_score(frames: Tensor, longest: int | None = None) -> float:
