@@ -6,7 +6,7 @@ that hold a frame which is neither wanted nor referred to by another are never d
 
 import io
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import av
 import numpy as np
@@ -17,12 +17,30 @@ from torch.nn import functional as F
 from pipelines.errors import UserError
 
 
+Reason = Literal[
+    "missing",  # there is no such file
+    "unsafe_name",  # its name would leave the folder of videos
+    "duplicate_id",  # an earlier row has its id
+    "not_a_video",  # nothing in it can be opened as a video
+    "no_video_stream",  # sound alone, or a cover picture
+    "damaged",  # frames that are wanted cannot be decoded whole
+    "hung",  # decoding took longer than the limit
+    "decoder_died",  # decoding crashed its process, or took more memory than there is
+    "too_short",  # fewer frames than a clip spans
+    "not_finite",  # the encoder gave NaN or inf
+]
+REASONS: tuple[str, ...] = get_args(Reason)
+
+
 class BadVideo(Exception):
     """A property of the bytes: trying again would not help."""
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(reason, message)  # both, so that it can be pickled
         self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class Decoder(Protocol):
