@@ -5,7 +5,7 @@
         for video, future in zip(videos, pool.ahead(read_and_decode, videos)):
             clip = future.result()  # while the next videos are read and decoded
 
-`wanted(count, fps)` answers the indices of frames; it runs in the caller, so it may be a closure and may raise BadVideo.
+`wanted(count, fps)` answers the indices of frames. It runs in the caller, may be a closure and may raise BadVideo.
 A decode that takes longer than `seconds` is killed (BadVideo "hung"), one whose process dies is told (BadVideo
 "decoder_died"), and the next video gets a new process. Whatever else a decoder raises is raised in the caller.
 
