@@ -78,7 +78,7 @@ class PyAVDecoder:
         self._times = [packet.pts for packet in self._packets if packet.pts is not None]  # of each packet
         shown = [pts for packet, pts in zip(self._packets, self._times, strict=False) if not packet.is_discard]
         self._pts = sorted(set(shown))
-        if not self._packets or self._times and not shown:
+        if not self._packets or (self._times and not shown):
             raise BadVideo("not_a_video", "there are no frames in it")
         if len(self._times) < len(self._packets) or len(self._pts) < len(shown):
             raise BadVideo("no_timestamps", "not every frame has a time of its own")
@@ -145,12 +145,13 @@ class DecordDecoder(PyAVDecoder):
         if self._plain():
             import decord
 
-            with contextlib.suppress(decord.DECORDError, RuntimeError):
+            self._failures = (decord.DECORDError, RuntimeError)
+            with contextlib.suppress(*self._failures):
                 self._reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
 
     def frames(self, wanted: Sequence[int]) -> np.ndarray:
         if self._reader is not None and len(self._reader) == self.count:
-            with contextlib.suppress(RuntimeError):  # decord's errors are such
+            with contextlib.suppress(*self._failures):
                 return self._reader.get_batch(list(wanted)).asnumpy()
         return super().frames(wanted)
 
