@@ -24,6 +24,7 @@ Reason = Literal[
     "duplicate_id",  # an earlier row has its id
     "not_a_video",  # nothing in it can be opened as a video
     "no_video_stream",  # sound alone, or a cover picture
+    "unknown_codec",  # nothing decodes it, or it is encrypted
     "no_timestamps",  # frames without a time of their own, as in a raw stream
     "damaged",  # frames that are wanted cannot be decoded whole
     "hung",  # decoding took longer than the limit
@@ -66,10 +67,12 @@ class PyAVDecoder:
     def __init__(self, data: bytes) -> None:
         try:
             # Opening decodes a frame to know the stream better; what the header says is enough.
-            container = av.open(io.BytesIO(data), "r", options={"skip_frame": "all"})
+            container = av.open(io.BytesIO(data), "r", options={"skip_frame": "all", "protocol_whitelist": "none"})
             stream = container.streams.best("video")
             if not isinstance(stream, av.VideoStream) or stream.disposition & Disposition.attached_pic:
                 raise BadVideo("no_video_stream", "there is no video stream in it")
+            if stream.codec_context is None:
+                raise BadVideo("unknown_codec", "nothing here decodes its video stream")
             self._packets = [packet for packet in container.demux(stream) if packet.size]
         except (av.FFmpegError, ValueError, MemoryError) as error:
             raise BadVideo("not_a_video", str(error)) from None

@@ -33,10 +33,11 @@ def video(
     pts: list[int] | None = None,
     tag: str | None = None,
     colour: dict[str, int] | None = None,
+    movflags: str = "",
     **options: str,
 ) -> bytes:
     target = io.BytesIO()
-    with av.open(target, "w", format=container) as file:
+    with av.open(target, "w", format=container, container_options={"movflags": movflags} if movflags else {}) as file:
         stream = file.add_stream(codec, rate=30, options={"threads": "1", **options})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
         for name, value in (colour or {}).items():
@@ -182,6 +183,29 @@ def test_frames_are_upright(decoder, degrees):
     data = video(textured(20), crf="1")
     upright = np.rot90(sequential(data), -degrees // 90, (1, 2))
     np.testing.assert_array_equal(DECODERS[decoder](turned(data, degrees)).frames(range(20)), upright)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(
+    ("yuv", "declared"),
+    [((81, 90, 240), {}), ((63, 102, 240), {"colorspace": 1}), ((76, 85, 255), {"color_range": 2})],
+    ids=["bt601", "bt709", "full range"],
+)
+def test_colours_are_those_that_the_stream_declares(decoder, yuv, declared):
+    target = io.BytesIO()
+    with av.open(target, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=30, options={"threads": "1", "crf": "1"})
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        red = av.VideoFrame(96, 64, "yuv420p")
+        for plane, value in zip(red.planes, yuv, strict=True):
+            plane.update(bytes([value]) * plane.buffer_size)
+        for name, value in declared.items():
+            setattr(stream.codec_context, name, value)
+            setattr(red, name, value)
+        file.mux(stream.encode(red))
+        file.mux(stream.encode(None))
+    off = DECODERS[decoder](target.getvalue()).frames([0]).astype(int) - [255, 0, 0]
+    assert abs(off).max() <= 3  # 8-bit rounding; the wrong matrix or range is 20 off
 
 
 def test_an_edit_list_hides_the_frames_before_its_start():
