@@ -6,13 +6,14 @@
             clip = future.result()  # while the next videos are read and decoded
 
 `wanted(count, fps)` answers the indices of frames. It runs in the caller, may be a closure and may raise BadVideo.
-A decode that takes longer than `seconds` is killed (BadVideo "hung"), one whose process dies is told (BadVideo
-"decoder_died"), and the next video gets a new process. Whatever else a decoder raises is raised in the caller.
+Opening or decoding that takes longer than `seconds` is killed (BadVideo "hung"), a process that dies is told (BadVideo
+"decoder_died"), and the next video gets a new one. Whatever else a decoder raises is raised in the caller.
 
 Nothing can be left behind: what is shared is a file in memory that has no name, an idle process ends when its parent
 does, and one that hangs has the kernel's alarm set.
 """
 
+import contextlib
 import itertools
 import os
 import signal
@@ -24,6 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -78,8 +80,11 @@ class DecodePool:
                 threads.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
-        for child in self._children:
+        """Waits for calls that are under way in other threads. Later ones are refused."""
+        for _ in self._children:
+            child = self._idle.get()
             child.stop()
+            self._idle.put(child)
 
     def __enter__(self) -> Self:
         return self
@@ -98,28 +103,30 @@ class _Child:
         self._start()
 
     def decode(self, data: bytes, wanted: Callable[[int, float], Sequence[int]], height: int, width: int) -> Decoded:
+        if self._pipe.closed:
+            raise RuntimeError("this DecodePool is closed")
         if self._process.poll() is not None:  # killed between two videos: no fault of this one
             self._restart()
         self._await_start()
-        _write(self._memory, data)
+        _write(self._memory.fileno(), data)
         count, fps = self._ask("open", len(data))
         indices = list(wanted(count, fps))
         frames = torch.empty(self._ask("frames", indices, height, width), dtype=torch.uint8)
-        _read(self._memory, frames.numpy())
+        _read(self._memory.fileno(), frames.numpy())
         return Decoded(frames, indices, count, fps)
 
     def stop(self) -> None:
         self._process.kill()
         self._process.wait()
         self._pipe.close()
-        os.close(self._memory)
+        self._memory.close()
 
     def _start(self) -> None:
         # Not multiprocessing's way: it would import the parent's main module, which may be Ray's worker, and refuses a
         # child to a daemon.
         self._pipe, theirs = Pipe()
-        self._memory = os.memfd_create("decoding")
-        handles = theirs.fileno(), self._memory
+        self._memory = open(os.memfd_create("decoding"), "r+b", buffering=0)  # noqa: SIM115  # open till stop()
+        handles = theirs.fileno(), self._memory.fileno()
         command = f"from pipelines.decoding import _serve; _serve{handles}"
         path = os.pathsep.join(sys.path)
         self._process = subprocess.Popen(
@@ -169,6 +176,8 @@ class _Child:
 
 def _serve(pipe: int, memory: int) -> None:
     """The child: answers questions until its parent is gone."""
+    with contextlib.suppress(OSError):  # where memory runs out, this process goes first
+        Path("/proc/self/oom_score_adj").write_text("1000")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     torch.set_num_threads(1)  # the cores are kept busy by other videos

@@ -91,8 +91,7 @@ class PyAVDecoder:
 
     def frames(self, wanted: Sequence[int]) -> np.ndarray:
         pts = {self._pts[i] for i in wanted}
-        # The last keyframe that is not after the first wanted frame: in an open GOP those shown before it need another.
-        start = max((i for i, p in enumerate(self._packets) if p.is_keyframe and self._times[i] <= min(pts)), default=0)
+        start = self._start(pts)
         try:
             found = self._find(start, pts)
         except BadVideo:
@@ -102,6 +101,11 @@ class PyAVDecoder:
         if len({picture.shape for picture in found.values()}) > 1:
             raise BadVideo("damaged", "its frames change their size")
         return np.stack([found[self._pts[i]] for i in wanted])
+
+    def _start(self, wanted: set[int]) -> int:
+        """The last keyframe that is not after the first wanted frame: those shown before it may need another."""
+        at = (i for i, p in enumerate(self._packets) if p.is_keyframe and self._times[i] <= min(wanted))
+        return max(at, default=0)
 
     def _find(self, start: int, wanted: set[int]) -> dict[int, np.ndarray]:
         found: dict[int, np.ndarray] = {}
