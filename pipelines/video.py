@@ -4,25 +4,46 @@ Both decoders give the same frames, but see docs/log.md. PyAV is the faster one:
 that hold a frame which is neither wanted nor referred to by another are never decoded.
 """
 
+import contextlib
 import io
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import av
 import numpy as np
 import torch
+from av.stream import Disposition
 from torch import Tensor
 from torch.nn import functional as F
 
 from pipelines.errors import UserError
 
+Reason = Literal[
+    "missing",  # there is no such file
+    "unsafe_name",  # its name would leave the folder of videos
+    "duplicate_id",  # an earlier row has its id
+    "not_a_video",  # nothing in it can be opened as a video
+    "no_video_stream",  # sound alone, or a cover picture
+    "unknown_codec",  # nothing decodes it, or it is encrypted
+    "no_timestamps",  # frames without a time of their own, as in a raw stream
+    "damaged",  # frames that are wanted cannot be decoded whole
+    "hung",  # decoding took longer than the limit
+    "decoder_died",  # decoding crashed its process, or took more memory than there is
+    "too_short",  # fewer frames than a clip spans
+    "not_finite",  # the encoder gave NaN or inf
+]
+REASONS: tuple[str, ...] = get_args(Reason)
+
 
 class BadVideo(Exception):
     """A property of the bytes: trying again would not help."""
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(reason, message)  # both, so that it can be pickled
         self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 class Decoder(Protocol):
@@ -37,80 +58,131 @@ class Decoder(Protocol):
 
 
 class PyAVDecoder:
+    """Packets are looked at first, frames are found by their pts, and only what they need is decoded.
+
+    Pictures are upright: turned as the file says, by quarters. Sample aspect ratios are not applied. Damage that
+    decodes without an error, as a few bytes inside an H.264 slice often do, cannot be seen.
+    """
+
     def __init__(self, data: bytes) -> None:
         try:
             # Opening decodes a frame to know the stream better; what the header says is enough.
-            container = av.open(io.BytesIO(data), "r", options={"skip_frame": "all"})
-            if not container.streams.video:
+            container = av.open(io.BytesIO(data), "r", options={"skip_frame": "all", "protocol_whitelist": "none"})
+            stream = container.streams.best("video")
+            if not isinstance(stream, av.VideoStream) or stream.disposition & Disposition.attached_pic:
                 raise BadVideo("no_video_stream", "there is no video stream in it")
-            stream = container.streams.video[0]
-            self._packets = [p for p in container.demux(stream) if p.size and p.pts is not None]
+            if stream.codec_context is None:
+                raise BadVideo("unknown_codec", "nothing here decodes its video stream")
+            self._packets = [packet for packet in container.demux(stream) if packet.size]
         except (av.FFmpegError, ValueError, MemoryError) as error:
             raise BadVideo("not_a_video", str(error)) from None
         self._container, self._context = container, stream.codec_context
         self._context.thread_count = 1  # the cores are kept busy by other workers' videos
-        self._pts: list[int] = sorted(p.pts for p in self._packets if p.pts is not None and not p.is_discard)
+        self._times = [packet.pts for packet in self._packets if packet.pts is not None]  # of each packet
+        shown = [pts for packet, pts in zip(self._packets, self._times, strict=False) if not packet.is_discard]
+        self._pts = sorted(set(shown))
+        if not self._packets or (self._times and not shown):
+            raise BadVideo("not_a_video", "there are no frames in it")
+        if len(self._times) < len(self._packets) or len(self._pts) < len(shown):
+            raise BadVideo("no_timestamps", "not every frame has a time of its own")
         self._length_size = _avcc_length_size(self._context)
         self.count = len(self._pts)
         self.fps = float(stream.average_rate or 0)
 
     def frames(self, wanted: Sequence[int]) -> np.ndarray:
         pts = {self._pts[i] for i in wanted}
-        found: dict[int, np.ndarray] = {}
+        start = self._start(pts)
         try:
-            for frame in self._decode(min(pts), pts):
-                if frame.pts in pts and frame.pts not in found and not frame.is_corrupt:
-                    found[frame.pts] = frame.to_ndarray(format="rgb24")
-                if len(found) == len(pts):
-                    break
-        except (av.FFmpegError, ValueError) as error:
-            raise BadVideo("damaged", str(error)) from None
-        if len(found) < len(pts):
-            raise BadVideo("damaged", f"{len(pts) - len(found)} of {len(pts)} frames cannot be decoded")
-        if len({frame.shape for frame in found.values()}) > 1:
+            found = self._find(start, pts)
+        except BadVideo:
+            if not start:
+                raise
+            found = self._find(0, pts)  # a keyframe may be one in name only, as where intra blocks refresh the picture
+        if len({picture.shape for picture in found.values()}) > 1:
             raise BadVideo("damaged", "its frames change their size")
         return np.stack([found[self._pts[i]] for i in wanted])
 
-    def _decode(self, first: int, wanted: set[int]) -> Iterator[av.VideoFrame]:
-        # From the last keyframe that is not after the first wanted frame: none that follows it needs what was before.
-        starts = [i for i, p in enumerate(self._packets) if p.is_keyframe and p.pts is not None and p.pts <= first]
+    def _start(self, wanted: set[int]) -> int:
+        """The last keyframe that is not after the first wanted frame: those shown before it may need another."""
+        at = (i for i, p in enumerate(self._packets) if p.is_keyframe and self._times[i] <= min(wanted))
+        return max(at, default=0)
+
+    def _find(self, start: int, wanted: set[int]) -> dict[int, np.ndarray]:
+        found: dict[int, np.ndarray] = {}
+        try:
+            for frame in self._decode(start, wanted):
+                if frame.pts in wanted and frame.pts not in found and not frame.is_corrupt:
+                    found[frame.pts] = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                if len(found) == len(wanted):
+                    return found
+        except (av.FFmpegError, ValueError, MemoryError) as error:
+            raise BadVideo("damaged", str(error)) from None
+        raise BadVideo("damaged", f"{len(wanted) - len(found)} of {len(wanted)} frames cannot be decoded")
+
+    def _decode(self, start: int, wanted: set[int]) -> Iterator[av.VideoFrame]:
         self._context.flush_buffers()
         end = max(i for i, p in enumerate(self._packets) if p.pts in wanted) + 1
-        for packet in self._packets[starts[-1] if starts else 0 : end]:
+        for packet in self._packets[start:end]:
             if packet.pts in wanted or not self._unreferenced(packet):
                 yield from self._context.decode(packet)
         yield from self._context.decode(None)
 
     def _unreferenced(self, packet: av.Packet) -> bool:
-        """H.264 in avcC: the first slice says nal_ref_idc = 0, so no other frame is predicted from this one."""
-        if not self._length_size:
-            return False
-        data, at = bytes(packet), 0
-        while at + self._length_size < len(data):
-            length = int.from_bytes(data[at : at + self._length_size], "big")
-            header = data[at + self._length_size]
-            if header & 0x1F in (1, 5):
-                return not header >> 5 & 3
-            at += self._length_size + length
-        return False
+        """The first slice says nal_ref_idc = 0: no other frame is predicted from this one."""
+        return next((not header >> 5 & 3 for header in self._units(packet) if header & 0x1F in (1, 5)), False)
+
+    def _units(self, packet: av.Packet) -> Iterator[int]:
+        """The first byte of each NAL unit, where it is H.264 in avcC."""
+        size, data, at = self._length_size, bytes(packet), 0
+        while size and at + size < len(data):
+            yield data[at + size]
+            at += size + int.from_bytes(data[at : at + size], "big")
 
 
-class DecordDecoder:
+class DecordDecoder(PyAVDecoder):
+    """decord where it gives the frames of a sequential decode, and PyAV elsewhere, so that both always agree.
+
+    decord 0.6 seeks to keyframes whose neighbours need the GOP before them, counts frames that an edit list hides,
+    errs in MPEG-TS, MPEG-4 and AVI, turns other colours than 8-bit 4:2:0 into RGB by other means, and has no AV1.
+    """
+
     def __init__(self, data: bytes) -> None:
-        import decord
+        super().__init__(data)
+        self._reader: Any = None
+        if self._plain():
+            import decord
 
-        self._error = decord.DECORDError
-        try:
-            self._reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
-            self.count, self.fps = len(self._reader), float(self._reader.get_avg_fps())
-        except (self._error, RuntimeError) as error:
-            raise BadVideo("not_a_video", str(error).splitlines()[0]) from None
+            self._failures = (decord.DECORDError, RuntimeError)
+            with contextlib.suppress(*self._failures):
+                self._reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
 
     def frames(self, wanted: Sequence[int]) -> np.ndarray:
+        if self._reader is not None and len(self._reader) == self.count:
+            with contextlib.suppress(*self._failures):
+                return self._reader.get_batch(list(wanted)).asnumpy()
+        return super().frames(wanted)
+
+    def _plain(self) -> bool:
+        """8-bit 4:2:0 of an even size, not interlaced, in closed GOPs, every frame shown, in MP4 or Matroska."""
+        if self._container.format.name not in ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"):
+            return False
+        if self._context.name not in ("h264", "hevc", "vp8", "vp9") or len(self._packets) > self.count:
+            return False
+        earliest = self._pts[-1]
+        for packet, pts in zip(reversed(self._packets), reversed(self._times), strict=True):
+            if packet.is_keyframe and (pts > earliest or not self._restarts(packet)):
+                return False
+            earliest = min(earliest, pts)
         try:
-            return self._reader.get_batch(list(wanted)).asnumpy()
-        except (self._error, RuntimeError, IndexError) as error:
-            raise BadVideo("damaged", str(error).splitlines()[0]) from None
+            first = next(self._decode(0, {self._times[0]}))
+        except (av.FFmpegError, StopIteration):
+            return False
+        even = first.width % 2 == first.height % 2 == 0
+        return first.format.name in ("yuv420p", "yuvj420p") and even and not first.interlaced_frame
+
+    def _restarts(self, keyframe: av.Packet) -> bool:
+        """In H.264 an IDR picture, not a recovery point."""
+        return self._context.name != "h264" or 5 in (header & 0x1F for header in self._units(keyframe))
 
 
 DECODERS: dict[str, type[Decoder]] = {"pyav": PyAVDecoder, "decord": DecordDecoder}

@@ -1,0 +1,227 @@
+"""Videos decoded in processes of their own, where one that hangs or crashes its decoder costs only its own row.
+
+    with DecodePool(DECODERS["pyav"], seconds=60) as pool:
+        clip = pool(data, wanted, height, width)  # frames, indices, count, fps
+        for video, future in zip(videos, pool.ahead(read_and_decode, videos)):
+            clip = future.result()  # while the next videos are read and decoded
+
+`wanted(count, fps)` answers the indices of frames. It runs in the caller, may be a closure and may raise BadVideo.
+Opening or decoding that takes longer than `seconds` is killed (BadVideo "hung"), a process that dies is told (BadVideo
+"decoder_died"), and the next video gets a new one. Whatever else a decoder raises is raised in the caller.
+
+Nothing can be left behind: what is shared is a file in memory that has no name, an idle process ends when its parent
+does, and one that hangs has the kernel's alarm set.
+"""
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from pipelines.video import BadVideo, Decoder, fit
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    frames: Tensor  # uint8 [len(indices), height, width, 3]
+    indices: list[int]
+    count: int  # of the video's frames
+    fps: float
+
+
+class DecodePool:
+    """May be called by several threads; each call has one of the processes to itself."""
+
+    def __init__(self, decoder: type[Decoder], seconds: float, processes: int = 1) -> None:
+        self._children = [_Child(decoder, seconds) for _ in range(processes)]
+        self._idle: SimpleQueue[_Child] = SimpleQueue()
+        for child in self._children:
+            self._idle.put(child)
+
+    def __call__(self, data: bytes, wanted: Callable[[int, float], Sequence[int]], height: int, width: int) -> Decoded:
+        child = self._idle.get()
+        try:
+            return child.decode(data, wanted, height, width)
+        finally:
+            self._idle.put(child)
+
+    def ahead(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Future[Result]]:
+        """function(item) of each, in order. It runs in threads, as many items ahead of the caller as there are
+        processes, so that no more results than these wait in memory.
+        """
+        waiting: deque[Future[Result]] = deque()
+        with ThreadPoolExecutor(len(self._children)) as threads:
+            try:
+                items = iter(items)
+                waiting.extend(threads.submit(function, item) for item in itertools.islice(items, len(self._children)))
+                while waiting:
+                    first = waiting.popleft()
+                    waiting.extend(threads.submit(function, item) for item in itertools.islice(items, 1))
+                    yield first
+            finally:
+                threads.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Waits for calls that are under way in other threads. Later ones are refused."""
+        for _ in self._children:
+            child = self._idle.get()
+            child.stop()
+            self._idle.put(child)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Child:
+    """One process and the end of a pipe to it. Messages are small, so no send can block; bytes go through `_memory`."""
+
+    def __init__(self, decoder: type[Decoder], seconds: float) -> None:
+        self._decoder, self._seconds = decoder, seconds
+        self._start()
+
+    def decode(self, data: bytes, wanted: Callable[[int, float], Sequence[int]], height: int, width: int) -> Decoded:
+        if self._pipe.closed:
+            raise RuntimeError("this DecodePool is closed")
+        if self._process.poll() is not None:  # killed between two videos: no fault of this one
+            self._restart()
+        self._await_start()
+        _write(self._memory.fileno(), data)
+        count, fps = self._ask("open", len(data))
+        indices = list(wanted(count, fps))
+        frames = torch.empty(self._ask("frames", indices, height, width), dtype=torch.uint8)
+        _read(self._memory.fileno(), frames.numpy())
+        return Decoded(frames, indices, count, fps)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._pipe.close()
+        self._memory.close()
+
+    def _start(self) -> None:
+        # Not multiprocessing's way: it would import the parent's main module, which may be Ray's worker, and refuses a
+        # child to a daemon.
+        self._pipe, theirs = Pipe()
+        self._memory = open(os.memfd_create("decoding"), "r+b", buffering=0)  # noqa: SIM115  # open till stop()
+        handles = theirs.fileno(), self._memory.fileno()
+        command = f"from pipelines.decoding import _serve; _serve{handles}"
+        path = os.pathsep.join(sys.path)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", command],
+            stdin=subprocess.DEVNULL,
+            pass_fds=handles,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        theirs.close()
+        self._started = False
+
+    def _await_start(self) -> None:
+        if self._started:
+            return
+        try:
+            self._pipe.send((self._decoder, self._seconds))
+            self._pipe.recv()
+        except (EOFError, OSError):
+            code = self._process.wait()
+            self.stop()
+            self._start()
+            raise RuntimeError(f"a process to decode videos cannot start: exit code {code}, see its output") from None
+        self._started = True
+
+    def _ask(self, *question: Any) -> Any:
+        try:
+            self._pipe.send(question)
+            answer = self._pipe.recv() if self._pipe.poll(self._seconds) else None
+        except (EOFError, OSError):
+            how = _said(self._process.wait())
+            self._restart()
+            raise BadVideo("decoder_died", f"the process that decoded it died: {how}") from None
+        except BaseException:  # an interrupt: what would be answered belongs to nobody
+            self._restart()
+            raise
+        if answer is None:
+            self._restart()
+            raise BadVideo("hung", f"it was not decoded within {self._seconds:g} s")
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _restart(self) -> None:
+        self.stop()
+        self._start()
+
+
+def _serve(pipe: int, memory: int) -> None:
+    """The child: answers questions until its parent is gone."""
+    with contextlib.suppress(OSError):  # where memory runs out, this process goes first
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    torch.set_num_threads(1)  # the cores are kept busy by other videos
+    connection = Connection(pipe)
+    decoder, seconds = connection.recv()
+    video: Decoder
+    answer: Any = None
+    while True:
+        try:
+            connection.send(answer)
+            question, *about = connection.recv()
+        except (EOFError, OSError):
+            return
+        # The parent kills sooner; this is for when there is none. A hang that holds the GIL does not stop the kernel.
+        signal.setitimer(signal.ITIMER_REAL, seconds + 1)
+        try:
+            if question == "open":
+                data = bytearray(about[0])
+                _read(memory, data)
+                video = decoder(bytes(data))
+                answer = video.count, video.fps
+            else:
+                indices, height, width = about
+                frames = fit(video.frames(indices), height, width)
+                _write(memory, frames.numpy())
+                answer = tuple(frames.shape)
+        except MemoryError:
+            raise
+        except Exception as error:
+            answer = error
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _write(memory: int, data: Any) -> None:
+    view, at = memoryview(data).cast("B"), 0
+    while at < len(view):  # 2 GB at a time
+        at += os.pwrite(memory, view[at:], at)
+
+
+def _read(memory: int, into: Any) -> None:
+    view, at = memoryview(into).cast("B"), 0
+    while at < len(view):
+        at += os.preadv(memory, [view[at:]], at)
+
+
+def _said(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,325 @@
+"""Decoders that hang, crash and eat memory, in real processes."""
+
+import ctypes
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from test_video import textured, video
+
+from pipelines.decoding import DecodePool
+from pipelines.video import DECODERS, BadVideo, PyAVDecoder, fit
+
+LIMIT = 3.0  # seconds; a small video takes milliseconds
+WANTED = [3, 11, 19]
+
+
+class Perilous(PyAVDecoder):
+    """Does what the bytes say."""
+
+    def __init__(self, data: bytes) -> None:
+        self._peril = data if len(data) < 20 else b""
+        self._do(b"open: ")
+        super().__init__(data if data.startswith(b"\0") else video(textured(20)))
+
+    def frames(self, wanted: list[int]) -> np.ndarray:
+        self._do(b"frames: ")
+        return super().frames(wanted)
+
+    def _do(self, stage: bytes) -> None:
+        match self._peril.removeprefix(stage):
+            case b"hang":
+                os.write(1, b"hangs\n")
+                ctypes.PyDLL(None).sleep(1000)  # with the GIL held
+            case b"crash":
+                ctypes.string_at(0)
+            case b"abort":
+                os.abort()
+            case b"exit":
+                os._exit(3)
+            case b"memory":
+                resource.setrlimit(resource.RLIMIT_AS, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,) * 2)
+                np.ones((1 << 16, 1 << 16))
+            case b"defect":
+                raise ZeroDivisionError("a defect of ours")
+            case b"wait":
+                time.sleep(0.5)
+
+
+GOOD = video(textured(20))
+RIGHT = fit(PyAVDecoder(GOOD).frames(WANTED), 32, 40)
+
+
+def wanted(count: int, fps: float) -> list[int]:
+    return WANTED
+
+
+def decode(pool: DecodePool, data: bytes = GOOD) -> torch.Tensor:
+    return pool(data, wanted, 32, 40).frames
+
+
+def pid(pool: DecodePool) -> int:
+    return pool._children[0]._process.pid
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.01)
+
+
+def gone(process: int) -> bool:
+    return not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture(scope="module")
+def perilous():
+    with DecodePool(Perilous, LIMIT) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_frames_are_those_of_the_decoder_made_to_fit(decoder):
+    with DecodePool(DECODERS[decoder], LIMIT) as pool:
+        for height, width in [(64, 96), (32, 40), (100, 60)]:
+            clip = pool(GOOD, lambda count, fps: range(count - 1, 0, -round(fps / 10)), height, width)
+            assert (clip.count, clip.fps, clip.indices) == (20, 30.0, list(range(19, 0, -3)))
+            frames = DECODERS[decoder](GOOD).frames(clip.indices)
+            assert torch.equal(clip.frames, fit(frames, height, width))
+
+
+def test_frames_belong_to_the_caller(perilous):
+    clips = [decode(perilous) for _ in range(3)]
+    clips[0].zero_()
+    assert torch.equal(clips[1], RIGHT)
+    assert torch.equal(clips[2], RIGHT)
+
+
+def test_a_video_larger_than_any_pipe_arrives_whole(perilous):
+    data = video(np.random.default_rng(0).integers(0, 255, (20, 480, 640, 3), np.uint8), crf="1")
+    assert len(data) > 5_000_000
+    assert torch.equal(decode(perilous, data), fit(PyAVDecoder(data).frames(WANTED), 32, 40))
+
+
+def test_a_refusal_of_the_caller_reaches_the_caller_and_costs_no_process(perilous):
+    before = pid(perilous)
+
+    def too_short(count: int, fps: float) -> list[int]:
+        raise BadVideo("too_short", f"{count} frames")
+
+    with pytest.raises(BadVideo, match="20 frames"):
+        perilous(GOOD, too_short, 32, 40)
+    assert torch.equal(decode(perilous), RIGHT)
+    assert pid(perilous) == before
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>"], ids=str)
+def test_a_bad_video_has_its_reason_and_costs_no_process(data):
+    with DecodePool(DECODERS["pyav"], LIMIT) as pool:
+        before = pid(pool)
+        with pytest.raises(BadVideo) as error:
+            decode(pool, data)
+        assert error.value.reason == "not_a_video"
+        assert str(error.value)
+        assert torch.equal(decode(pool), RIGHT)
+        assert pid(pool) == before
+
+
+@pytest.mark.parametrize("stage", ["open", "frames"])
+def test_a_decode_that_hangs_with_the_gil_held_costs_only_its_own_row(perilous, stage):
+    decode(perilous)
+    before, begin = pid(perilous), time.monotonic()
+    with pytest.raises(BadVideo, match="within 3 s") as error:
+        decode(perilous, f"{stage}: hang".encode())
+    assert error.value.reason == "hung"
+    assert LIMIT <= time.monotonic() - begin < LIMIT + 2
+    assert gone(before)
+    assert torch.equal(decode(perilous), RIGHT)
+
+
+@pytest.mark.parametrize("stage", ["open", "frames"])
+@pytest.mark.parametrize(
+    ("peril", "said"),
+    [("crash", "SIGSEGV"), ("abort", "SIGABRT"), ("exit", "exit code 3"), ("memory", "exit code 1")],
+)
+def test_a_decode_that_dies_costs_only_its_own_row(perilous, stage, peril, said):
+    with pytest.raises(BadVideo, match=said) as error:
+        decode(perilous, f"{stage}: {peril}".encode())
+    assert error.value.reason == "decoder_died"
+    assert torch.equal(decode(perilous), RIGHT)
+
+
+def test_a_decode_that_is_killed_costs_only_its_own_row(perilous):
+    decode(perilous)
+    victim = psutil.Process(pid(perilous))
+    killer = threading.Timer(0.3, victim.kill)
+    killer.start()
+    with pytest.raises(BadVideo, match="SIGKILL") as error:
+        decode(perilous, b"frames: hang")
+    assert error.value.reason == "decoder_died"
+    assert torch.equal(decode(perilous), RIGHT)
+
+
+def test_a_process_killed_between_two_videos_costs_no_row(perilous):
+    decode(perilous)
+    before = pid(perilous)
+    os.kill(before, signal.SIGKILL)
+    until(lambda: gone(before))
+    assert torch.equal(decode(perilous), RIGHT)
+
+
+def test_a_defect_of_a_decoder_is_raised_where_it_was_called(perilous):
+    with pytest.raises(ZeroDivisionError, match="a defect of ours"):
+        decode(perilous, b"frames: defect")
+    assert torch.equal(decode(perilous), RIGHT)
+
+
+def test_a_decoder_that_cannot_be_imported_is_an_error_and_no_bad_video():
+    class Local(PyAVDecoder):
+        pass
+
+    Local.__qualname__ = "Elsewhere"
+    globals()["Elsewhere"] = Local  # here, but not in the child
+    with DecodePool(Local, LIMIT) as pool, pytest.raises(RuntimeError, match="cannot start"):
+        decode(pool)
+
+
+def test_videos_are_decoded_ahead_in_order_and_no_further_than_the_processes_reach():
+    taken = []
+
+    def items():
+        for i in range(8):
+            taken.append(i)
+            yield i
+
+    with DecodePool(Perilous, LIMIT, processes=2) as pool:
+        for i, future in enumerate(pool.ahead(lambda i: (i, decode(pool)), items())):
+            number, frames = future.result()
+            assert number == i
+            assert torch.equal(frames, RIGHT)
+            assert len(taken) <= i + 1 + 2
+    assert taken == list(range(8))
+
+
+def test_the_next_video_is_decoded_while_the_caller_works():
+    with DecodePool(Perilous, LIMIT) as pool:
+        decode(pool)
+        futures = pool.ahead(lambda data: decode(pool, data), [b"frames: wait"] * 3)
+        next(futures).result()
+        second = next(futures)
+        until(second.done)  # nobody asked for its result
+        assert len(list(futures)) == 1
+
+
+def test_processes_decode_at_the_same_time():
+    with DecodePool(Perilous, LIMIT, processes=4) as pool:
+        for child in pool._children:
+            child._await_start()
+        begin = time.monotonic()
+        for future in pool.ahead(lambda data: decode(pool, data), [b"frames: wait"] * 4):
+            future.result()
+        assert time.monotonic() - begin < 4 * 0.5
+
+
+def test_what_fails_ahead_fails_only_where_it_is_asked_for():
+    videos = [GOOD, b"open: crash", GOOD, b"frames: hang", GOOD]
+    with DecodePool(Perilous, LIMIT) as pool:
+        found = []
+        for future in pool.ahead(lambda data: decode(pool, data), videos):
+            error = future.exception()
+            found.append(error.reason if error else torch.equal(future.result(), RIGHT))
+    assert found == [True, "decoder_died", True, "hung", True]
+
+
+def test_an_iteration_that_ends_early_leaves_a_pool_that_works():
+    with DecodePool(Perilous, LIMIT) as pool:
+        for future in pool.ahead(lambda data: decode(pool, data), [GOOD] * 100):
+            future.result()
+            break
+        assert torch.equal(decode(pool), RIGHT)
+
+
+def test_a_closed_pool_leaves_nothing_and_refuses():
+    decode_once = DecodePool(Perilous, LIMIT)
+    decode(decode_once)
+    decode_once.close()
+    handles, shared = len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
+    pool = DecodePool(Perilous, LIMIT, processes=2)
+    decode(pool)
+    with pytest.raises(BadVideo):
+        decode(pool, b"open: crash")
+    children = [child._process.pid for child in pool._children]
+    pool.close()
+    pool.close()
+    assert all(gone(child) for child in children)
+    assert len(os.listdir("/proc/self/fd")) == handles
+    assert set(os.listdir("/dev/shm")) == shared
+    with pytest.raises(RuntimeError, match="closed"):
+        decode(pool)
+
+
+PARENT = """
+import sys
+from test_decoding import *
+pool = DecodePool(Perilous, seconds=2)
+decode(pool)
+print(pid(pool), flush=True)
+if sys.argv[1] == "hang":
+    decode(pool, b"frames: hang")
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("state", ["idle", "hang"])
+def test_a_process_does_not_outlive_a_parent_that_was_killed(state):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, state], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    child = int(parent.stdout.readline())
+    assert not gone(child)
+    if state == "hang":
+        assert parent.stdout.readline() == b"hangs\n"
+    parent.kill()
+    parent.wait()
+    until(lambda: gone(child), seconds=10)
+
+
+def test_the_kernel_takes_the_decoder_before_its_parent(perilous):
+    decode(perilous)
+    assert Path(f"/proc/{pid(perilous)}/oom_score_adj").read_text() == "1000\n"
+
+
+@pytest.mark.slow
+def test_a_ray_actor_has_its_own_process_that_ends_with_it():
+    import ray
+
+    class Actor:
+        def __init__(self) -> None:
+            self.pool = DecodePool(DECODERS["pyav"], 60)
+
+        def decode(self, data: bytes) -> tuple[int, np.ndarray]:
+            return pid(self.pool), decode(self.pool, data).numpy()
+
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    try:
+        actor = ray.remote(Actor).remote()
+        child, frames = ray.get(actor.decode.remote(GOOD))
+        np.testing.assert_array_equal(frames, RIGHT)
+        assert not gone(child)
+        ray.kill(actor)
+        until(lambda: gone(child))
+    finally:
+        ray.shutdown()
