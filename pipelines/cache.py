@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cil.families import Family
+from cil.metrics.duplicates import near_duplicates
 from cil.metrics.motion import SMALLEST
 from pipelines import artifact, cluster, storage
 from pipelines.artifact import Artifact, Identity, Manifest
@@ -33,8 +35,8 @@ LATEST = "latest.json"
 INDEX, PLAN, REJECTS = "index.arrow", "plan.arrow", "rejects.jsonl"
 AT_ONCE = 16  # requests to a store
 CODE = (
-    *("pipelines.clips", "pipelines.views", "pipelines.video", "pipelines.catalog"),
-    *("cil.metrics.motion", "cil.moments", "cil.draws"),
+    *("pipelines.clips", "pipelines.views", "pipelines.video", "pipelines.decoding", "pipelines.catalog"),
+    *("cil.metrics.motion", "cil.metrics.clips", "cil.metrics.duplicates", "cil.moments", "cil.draws"),
 )
 SHAPING = (  # of the keys of `cache`, what shapes a clip or a part
     *("stride", "fps", "views_per_video", "flip", "condition", "crop", "validation", "test", "videos_per_part"),
@@ -242,6 +244,7 @@ def _finish(folder: Artifact, snapshot: Artifact, plan: pa.Table, views: int) ->
         tables.append(pa.table({**dict(zip(table.column_names, table.columns, strict=True)), **numbered}))
     index = pa.concat_tables(tables).sort_by("clip_id")
     index = index.append_column("drawn_split", index["split"])
+    index = index.set_column(index.column_names.index("split"), "split", _split_together(index))
     if len(index) and len(index["clip_id"].unique()) != len(index):
         raise AssertionError(f"{snapshot.uri}: a clip stands in it twice")
     planned = int(videos.sum()) * views
@@ -257,6 +260,21 @@ def _finish(folder: Artifact, snapshot: Artifact, plan: pa.Table, views: int) ->
     print(
         f"{KIND}: {clips} clips in {len(parts)} parts; {len(rejects)} videos rejected{f' ({shown})' if shown else ''}"
     )
+
+
+def _split_together(index: pa.Table) -> pa.Array:
+    """Videos that have near-duplicates in common are in one split: that of the first of them."""
+    video = pc.index_in(index["videoid"], index["videoid"].unique()).to_numpy()
+    group = near_duplicates(index["hash"].to_numpy())
+    first = np.arange(len(index))  # of the clips that each clip is tied to
+    while True:
+        before = first.copy()
+        for tie in (video, group):
+            least = np.full(len(index), len(index))
+            np.minimum.at(least, tie, first)
+            first = least[tie]
+        if np.array_equal(first, before):
+            return index["split"].take(pa.array(first)).combine_chunks()
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

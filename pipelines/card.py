@@ -106,9 +106,7 @@ def verify(config: Config, cache: Cache) -> None:
         raise Unfinished(
             f"{len(damaged)} of {2 * len(cache.parts)} files are damaged: {'; '.join(damaged[:10])}. {mend}"
         )
-    print(
-        f"verified: {len(cache.parts)} parts have the bytes they were made with, {len(again)} their clips' moments"
-    )
+    print(f"verified: {len(cache.parts)} parts have the bytes they were made with, {len(again)} their clips' moments")
 
 
 def snapshots(folder: str) -> list[str]:

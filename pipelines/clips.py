@@ -7,25 +7,24 @@ A part is three files. `NAME.arrow` holds the clips with their tensors, `NAME.mo
 import hashlib
 import json
 from bisect import bisect_left
-from typing import Any
+from dataclasses import asdict
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from cil.families.base import Clip
-from cil.metrics.motion import motion_score
+from cil.metrics.clips import ClipScores, clip_scores
 from cil.moments import Moments
 from pipelines import storage
 from pipelines.catalog import Catalog, Video
 from pipelines.config import Config
+from pipelines.decoding import DecodePool
 from pipelines.models import family_of
-from pipelines.video import DECODERS, BadVideo, fit
+from pipelines.video import DECODERS, BadVideo, Reason
 from pipelines.views import View, split_of, unit, views_of
 
-REJECTED = pa.schema(
-    [(name, pa.string()) for name in ("videoid", "stage", "reason", "message")] + [("clips", pa.int32())]
-)
 CLIP = pa.schema(
     {
         "clip_id": pa.string(),
@@ -39,6 +38,9 @@ CLIP = pa.schema(
         "fps": pa.float32(),
         "stride": pa.int32(),
         "motion": pa.float32(),
+        "cut": pa.float32(),
+        "subject": pa.float32(),
+        "hash": pa.uint64(),
     }
 )
 
@@ -46,8 +48,8 @@ CLIP = pa.schema(
 class PartMaker:
     """Made once a worker, then called with the videos of a part; answers the bytes of its index.
 
-    What is rejected has a reason. `io` is transient, tried again on the next run. The others would stay as they are:
-    missing, unsafe_name, duplicate_id, too_short, no_frame_rate, not_finite, and those of a decoder (video.REASONS).
+    What is rejected has a reason. `io` is transient, tried again on the next run. The others (video.REASONS) would stay
+    as they are.
     """
 
     def __init__(self, config: dict[str, Any], folder: str, catalog: Any) -> None:
@@ -57,23 +59,22 @@ class PartMaker:
         self.config, self.folder = Config.model_validate(config), folder
         self.catalog: Catalog = ray.get(catalog) if isinstance(catalog, ray.ObjectRef) else catalog
         self.family = family_of(self.config)
+        policy = self.config.cache
+        self.decoders = DecodePool(DECODERS[policy.decoder], policy.decode_seconds, policy.decoders)
 
     def __call__(self, plan: dict[str, Any]) -> tuple[bytes | None, str]:
         rows: list[dict[str, Any]] = []
         rejects: list[dict[str, Any]] = []
         self.captions: dict[str, dict[str, torch.Tensor]] = {}  # of this part
-        for video in self.catalog.videos(plan["start"], plan["stop"]):
-            stage = "read"
+        videos = self.catalog.videos(plan["start"], plan["stop"])
+        for video, decoded in zip(videos, self.decoders.ahead(self._decode, videos), strict=True):
             try:
-                data = self._read(video)
-                stage = "decode"
-                clips = self._decode(video, data)
-                stage = "encode"
+                clips = decoded.result()
                 rows += [self._encode(video, number, *clip) for number, clip in enumerate(clips)]
             except BadVideo as error:
-                rejects.append(self._reject(video, stage, error.reason, str(error)))
+                rejects.append(self._reject(video, error.reason, str(error)))
             except OSError as error:
-                rejects.append(self._reject(video, stage, "io", f"{type(error).__name__}: {error}"))
+                rejects.append(self._reject(video, "io", f"{type(error).__name__}: {error}"))
         transient = [reject for reject in rejects if reject["reason"] == "io"]
         if transient and not self.config.cache.accept_transient:
             return None, f"{transient[0]['videoid']}: {transient[0]['message']}"
@@ -81,25 +82,31 @@ class PartMaker:
 
     def _read(self, video: Video) -> bytes:
         if video.problem:
-            raise BadVideo(video.problem, f"videoid {video.videoid!r}, file {' or '.join(video.sources)!r}")
+            raise BadVideo(
+                cast(Reason, video.problem), f"videoid {video.videoid!r}, file {' or '.join(video.sources)!r}"
+            )
         for source in video.sources:
             if storage.exists(source):
                 return storage.read(source) if video.size < 0 else storage.read_range(source, video.offset, video.size)
         raise BadVideo("missing", f"there is no {' or '.join(video.sources)}")
 
-    def _decode(self, video: Video, data: bytes) -> list[tuple[torch.Tensor, View, float]]:
-        """Frames of every view; the video's frames are decoded once for all views."""
-        family = self.family
-        decoder = DECODERS[self.config.cache.decoder](data)
-        views = views_of(self.config, video.videoid, decoder.count, decoder.fps, family.frames)
-        wanted = sorted({i for view in views for i in view.indices})
-        frames = fit(decoder.frames(wanted), family.height, family.width, self.config.cache.crop)
-        clips = [frames[np.searchsorted(wanted, view.indices)] for view in views]
-        return [
-            (clip.flip(2) if view.flip else clip, view, decoder.fps) for clip, view in zip(clips, views, strict=True)
-        ]
+    def _decode(self, video: Video) -> list[tuple[torch.Tensor, View, float, ClipScores]]:
+        """Frames and scores of every view; the video's frames are decoded once for all views."""
+        data = self._read(video)
+        family, views = self.family, []
 
-    def _encode(self, video: Video, number: int, frames: torch.Tensor, view: View, fps: float) -> dict[str, Any]:
+        def wanted(count: int, fps: float) -> list[int]:
+            views.extend(views_of(self.config, video.videoid, count, fps, family.frames))
+            return sorted({i for view in views for i in view.indices})
+
+        decoded = self.decoders(data, wanted, family.height, family.width, self.config.cache.crop)
+        clips = [decoded.frames[np.searchsorted(decoded.indices, view.indices)] for view in views]
+        clips = [clip.flip(2) if view.flip else clip for clip, view in zip(clips, views, strict=True)]
+        return [(clip, view, decoded.fps, clip_scores(clip)) for clip, view in zip(clips, views, strict=True)]
+
+    def _encode(
+        self, video: Video, number: int, frames: torch.Tensor, view: View, fps: float, scores: ClipScores
+    ) -> dict[str, Any]:
         clip_id = f"{video.videoid}:{number}"
         seed = int(unit(self.config.seed, clip_id, "encoding") * 2**53)
         known = Clip(video.caption, fps / view.stride, view.stride, seed, view.frame)
@@ -120,13 +127,13 @@ class PartMaker:
             "frame": view.frame,
             "fps": fps,
             "stride": view.stride,
-            "motion": motion_score(frames),
+            **asdict(scores),
             "tensors": {name: tensor[0] for name, tensor in tensors.items()},
         }
 
-    def _reject(self, video: Video, stage: str, reason: str, message: str) -> dict[str, Any]:
+    def _reject(self, video: Video, reason: str, message: str) -> dict[str, Any]:
         clips = self.config.cache.views_per_video
-        return {"videoid": video.videoid, "stage": stage, "reason": reason, "clips": clips, "message": message[:500]}
+        return {"videoid": video.videoid, "reason": reason, "clips": clips, "message": message[:500]}
 
     def _write(self, name: str, rows: list[dict[str, Any]], rejects: list[dict[str, Any]]) -> bytes:
         known = pa.Table.from_pylist([{key: row[key] for key in CLIP.names} for row in rows], CLIP)

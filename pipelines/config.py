@@ -162,7 +162,7 @@ class CacheConfig(Section):
     accept_transient: bool = Field(False, description="finish although some videos failed for passing reasons (I/O)")
 
 
-Score = Literal["motion", "scene_cut", "subject_share"]
+Score = Literal["motion", "cut", "subject"]
 Where = dict[Score, tuple[float | None, float | None]]
 
 

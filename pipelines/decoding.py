@@ -33,7 +33,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from pipelines.video import BadVideo, Decoder, fit
+from pipelines.video import BadVideo, Crop, Decoder, fit
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -56,10 +56,17 @@ class DecodePool:
         for child in self._children:
             self._idle.put(child)
 
-    def __call__(self, data: bytes, wanted: Callable[[int, float], Sequence[int]], height: int, width: int) -> Decoded:
+    def __call__(
+        self,
+        data: bytes,
+        wanted: Callable[[int, float], Sequence[int]],
+        height: int,
+        width: int,
+        crop: Crop | None = None,
+    ) -> Decoded:
         child = self._idle.get()
         try:
-            return child.decode(data, wanted, height, width)
+            return child.decode(data, wanted, height, width, crop)
         finally:
             self._idle.put(child)
 
@@ -102,7 +109,14 @@ class _Child:
         self._decoder, self._seconds = decoder, seconds
         self._start()
 
-    def decode(self, data: bytes, wanted: Callable[[int, float], Sequence[int]], height: int, width: int) -> Decoded:
+    def decode(
+        self,
+        data: bytes,
+        wanted: Callable[[int, float], Sequence[int]],
+        height: int,
+        width: int,
+        crop: Crop | None = None,
+    ) -> Decoded:
         if self._pipe.closed:
             raise RuntimeError("this DecodePool is closed")
         if self._process.poll() is not None:  # killed between two videos: no fault of this one
@@ -111,7 +125,7 @@ class _Child:
         _write(self._memory.fileno(), data)
         count, fps = self._ask("open", len(data))
         indices = list(wanted(count, fps))
-        frames = torch.empty(self._ask("frames", indices, height, width), dtype=torch.uint8)
+        frames = torch.empty(self._ask("frames", indices, height, width, crop), dtype=torch.uint8)
         _read(self._memory.fileno(), frames.numpy())
         return Decoded(frames, indices, count, fps)
 
@@ -200,8 +214,8 @@ def _serve(pipe: int, memory: int) -> None:
                 video = decoder(bytes(data))
                 answer = video.count, video.fps
             else:
-                indices, height, width = about
-                frames = fit(video.frames(indices), height, width)
+                indices, *size = about
+                frames = fit(video.frames(indices), *size)
                 _write(memory, frames.numpy())
                 answer = tuple(frames.shape)
         except MemoryError:

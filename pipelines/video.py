@@ -30,9 +30,15 @@ Reason = Literal[
     "hung",  # decoding took longer than the limit
     "decoder_died",  # decoding crashed its process, or took more memory than there is
     "too_short",  # fewer frames than a clip spans
-    "not_finite",  # the encoder gave NaN or inf
+    "not_finite",
+    "no_frame_rate",
+    "ragged_row",
+    "damaged_tar",  # the encoder gave NaN or inf
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
+
+
+Crop = tuple[float, float, float, float]  # top, left, bottom, right, as shares of the picture
 
 
 class BadVideo(Exception):
@@ -191,7 +197,7 @@ DECODERS: dict[str, type[Decoder]] = {"pyav": PyAVDecoder, "decord": DecordDecod
 def fit(frames: np.ndarray, height: int, width: int, crop: tuple[float, float, float, float] | None = None) -> Tensor:
     """Resized to cover height x width with its aspect kept, then cropped to the centre: no bars, no stretching.
 
-    `crop`: what is kept of the picture before that: top, left, bottom, right, as shares of it.
+    `crop`: what is kept of the picture before that.
     """
     x = torch.from_numpy(frames)
     if crop is not None:
