@@ -49,7 +49,8 @@ def motion_score(frames: Tensor, longest: int | None = None) -> float:
     """Mean optical flow of uint8 frames [T, H, W, 3], in pixels a frame.
 
     With `longest` it is computed on frames of at most so many pixels on the longer side, and still counts pixels of the
-    frames given. 192 for frames of 320x512: 17 ms a clip instead of 250, within 3 % (12 clips of `benchmarks.decode`).
+    frames given. 192 for frames of 320x512: 17 ms a clip instead of 250; of the 12 clips of `benchmarks.decode`
+    it is 2 % off on average and 6 % at worst, of panning textures less than 5 %.
     """
     return Flow(frames, longest).mean
 
