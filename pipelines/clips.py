@@ -15,7 +15,8 @@ import pyarrow as pa
 import torch
 
 from cil.families.base import Clip
-from cil.metrics.clips import ClipScores, clip_scores
+from cil.metrics.clips import clip_scores
+from cil.metrics.duplicates import picture_hash
 from cil.moments import Moments
 from pipelines import storage
 from pipelines.catalog import Catalog, Video
@@ -90,26 +91,28 @@ class PartMaker:
                 return storage.read(source) if video.size < 0 else storage.read_range(source, video.offset, video.size)
         raise BadVideo("missing", f"there is no {' or '.join(video.sources)}")
 
-    def _decode(self, video: Video) -> list[tuple[torch.Tensor, View, float, ClipScores]]:
+    def _decode(self, video: Video) -> list[tuple[torch.Tensor, View, dict[str, float]]]:
         """Frames and scores of every view; the video's frames are decoded once for all views."""
         data = self._read(video)
         family, views = self.family, []
 
         def wanted(count: int, fps: float) -> list[int]:
             views.extend(views_of(self.config, video.videoid, count, fps, family.frames))
-            return sorted({i for view in views for i in view.indices})
+            return sorted({0, *(i for view in views for i in view.indices)})
 
         decoded = self.decoders(data, wanted, family.height, family.width, self.config.cache.crop)
         clips = [decoded.frames[np.searchsorted(decoded.indices, view.indices)] for view in views]
         clips = [clip.flip(2) if view.flip else clip for clip, view in zip(clips, views, strict=True)]
-        return [(clip, view, decoded.fps, clip_scores(clip)) for clip, view in zip(clips, views, strict=True)]
+        # Of the first frame, the one that a copy of the video under another id has in common with it.
+        known = {"hash": picture_hash(decoded.frames[0]), "fps": decoded.fps}
+        return [(clip, view, asdict(clip_scores(clip)) | known) for clip, view in zip(clips, views, strict=True)]
 
     def _encode(
-        self, video: Video, number: int, frames: torch.Tensor, view: View, fps: float, scores: ClipScores
+        self, video: Video, number: int, frames: torch.Tensor, view: View, scores: dict[str, float]
     ) -> dict[str, Any]:
         clip_id = f"{video.videoid}:{number}"
         seed = int(unit(self.config.seed, clip_id, "encoding") * 2**53)
-        known = Clip(video.caption, fps / view.stride, view.stride, seed, view.frame)
+        known = Clip(video.caption, scores["fps"] / view.stride, view.stride, seed, view.frame)
         # One clip and one caption a call: the call's shape is part of the plan.
         tensors = self.family.encode_frames(frames[None], [known])
         if video.caption not in self.captions:
@@ -125,9 +128,8 @@ class PartMaker:
             "frame_indices": view.indices,
             "flip": view.flip,
             "frame": view.frame,
-            "fps": fps,
             "stride": view.stride,
-            **asdict(scores),
+            **scores,
             "tensors": {name: tensor[0] for name, tensor in tensors.items()},
         }
 
