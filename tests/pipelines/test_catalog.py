@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -249,8 +250,8 @@ LONG = "a/" * 60 + "k" * 120  # neither in a name of 100 bytes nor in a prefix o
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_samples_of_every_form_of_tar_are_found_where_their_bytes_are(tmp_path, form):
-    keys = ["000000001", "sub/" * 30 + "000000002"] + [LONG] * (form != tarfile.USTAR_FORMAT)
-    keys += ["\u00e9 ~ 100%"]
+    keys = ["sub/" * 30 + "000000002"] + [LONG] * (form != tarfile.USTAR_FORMAT)
+    keys += ["\u00e9 ~ 100%", "000000001"]  # after names of other forms, which are for one member only
     make_tar(tmp_path / "00000.tar", [m for key in keys for m in sample(key)], form)
     found = videos_of(read(tars=f"{tmp_path}/*.tar"))
     by_caption = {v.caption.removeprefix("caption of "): v for v in found}
@@ -258,6 +259,7 @@ def test_samples_of_every_form_of_tar_are_found_where_their_bytes_are(tmp_path, 
     for key, video in by_caption.items():
         assert video.problem == ""
         assert bytes_of(video) == dict(sample(key))[f"{key}.mp4"]
+        assert unquote(video.videoid.replace("~", "/")) == f"00000/{key}"
     assert by_caption["000000001"].videoid == "00000~000000001"
     assert by_caption["\u00e9 ~ 100%"].videoid == "00000~%C3%A9%20%7E%20100%25"
     assert all(re.fullmatch(r"[\w.~%-]+", v.videoid, re.ASCII) for v in found)
@@ -310,6 +312,9 @@ def test_a_tar_is_read_by_its_headers_and_not_its_videos(tmp_path):
 
 def test_a_sample_without_a_video_is_kept_as_missing(tmp_path):
     with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        hard = tarfile.TarInfo("d.mp4")
+        hard.type, hard.linkname, hard.size = tarfile.LNKTYPE, "b.mp4", 5000  # of what it points to: nothing follows
+        tar.addfile(hard)
         for name, data in [("a.json", b"{}"), *sample("b"), ("README.md", b"x")]:
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -320,7 +325,12 @@ def test_a_sample_without_a_video_is_kept_as_missing(tmp_path):
         folder = tarfile.TarInfo("folder.mp4")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
-    assert problems(read(tars=f"{tmp_path}/t.tar")) == {"t~a": "missing", "t~b": "", "t~c": "missing"}
+    assert problems(read(tars=f"{tmp_path}/t.tar")) == {
+        "t~a": "missing",
+        "t~b": "",
+        "t~c": "missing",
+        "t~d": "missing",
+    }
 
 
 def test_members_that_would_leave_a_folder_are_unsafe_and_nothing_is_written(tmp_path):
@@ -356,19 +366,19 @@ def test_a_file_that_is_no_tar_is_refused_by_name(tmp_path, data):
     )
 
 
-def test_wherever_a_tar_is_cut_what_was_whole_before_is_accepted_and_the_rest_is_a_row(tmp_path):
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=["video first", "video last"])
+def test_wherever_a_tar_is_cut_what_was_whole_before_is_accepted_and_the_rest_is_a_row(tmp_path, order):
     keys = ["a", "b", "c"]
-    data = make_tar(tmp_path / "whole.tar", [m for key in keys for m in sample(key)])
+    data = make_tar(tmp_path / "whole.tar", [sample(key)[i] for key in keys for i in order])
     whole = {v.videoid.split("~")[1]: v for v in videos_of(read(tars=f"{tmp_path}/whole.tar"))}
-    # A member's end, rounded up to blocks. Behind the last one only zeros are lost.
-    ends = {key: v.offset + 1024 + 2 * 1024 for key, v in whole.items()}
-    for cut in range(512, ends["c"] + 512, 256):
+    sample_size = (512 + 1024) + 2 * (512 + 512)
+    for cut in range(512, 3 * sample_size + 512, 256):
         (tmp_path / "t.tar").write_bytes(data[:cut])
         found = {v.videoid: v for v in videos_of(read(tars=f"{tmp_path}/t.tar"))}
         accepted = {i.split("~")[1]: v for i, v in found.items() if not v.problem}
-        certain = [key for key in keys if ends[key] <= cut]
+        certain = cut // sample_size
         # The json is not needed: what has its video and its caption may be whole before the sample's last byte.
-        assert set(certain) <= set(accepted) <= set(keys[: len(certain) + 1]), cut
+        assert set(keys[:certain]) <= set(accepted) <= set(keys[: certain + 1]), cut
         for key, video in accepted.items():
             assert (video.caption, video.offset, video.size) == (f"caption of {key}", whole[key].offset, 1000)
             assert whole[key].offset + 1000 <= cut
@@ -417,6 +427,7 @@ def test_shards_keep_the_order_in_which_they_are_named(tmp_path):
     assert len(found) == 80
     assert [(v.caption, v.problem) for v in found[:4]] == [("b", ""), ("a", "duplicate_id")] * 2
     assert found[3].sources == (f"{tmp_path}/a/00001.tar",)
+    assert videos_of(read(tars=f"{tmp_path}/*/*.tar"))[0].caption == "a"
 
 
 # folders
@@ -607,6 +618,7 @@ def test_the_digest_is_of_the_rows_and_not_of_where_they_stand(tmp_path):
         "1,u,,p,x2\n2,u,,p,\n",
     ]
     others += ["1,u,,p,x\n2,u,,p,y\n2,u,,p,y\n", "1,u,,p,x\n2,u,,p,y,\n"]
+    others += ["1,u,,p,x\n23,u,,p,y\n", "12,u,,p,x\n3,u,,p,y\n"]
     digests = {catalog(tmp_path, HEADER + other).digest for other in others}
     assert len(digests | {base}) == len(others) + 1
 
