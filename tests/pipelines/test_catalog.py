@@ -265,6 +265,14 @@ def test_samples_of_every_form_of_tar_are_found_where_their_bytes_are(tmp_path, 
     assert all(re.fullmatch(r"[\w.~%-]+", v.videoid, re.ASCII) for v in found)
 
 
+def test_a_header_for_the_whole_archive_is_passed_over(tmp_path):
+    """As git archive writes one."""
+    with tarfile.open(tmp_path / "t.tar", "w", pax_headers={"comment": "0123456789abcdef"}) as tar:
+        tar.addfile(tarfile.TarInfo("a.mp4"))
+    assert (tmp_path / "t.tar").read_bytes()[156:157] == b"g"
+    assert problems(read(tars=f"{tmp_path}/t.tar")) == {"t~a": ""}
+
+
 def test_the_tar_that_the_system_writes_is_read(tmp_path):
     (tmp_path / "d").mkdir()
     for name, data in [*sample("x"), *sample("n" * 150)]:
@@ -657,6 +665,7 @@ GROWTH = """
 import sys, threading, time, psutil
 from pipelines.catalog import read_catalog
 from pipelines.config import CatalogConfig
+read_catalog(CatalogConfig(csv=sys.argv[2], videos="/tmp"), "")  # what is loaded once
 me, most, done = psutil.Process(), 0, threading.Event()
 before = me.memory_info().rss
 def watch():
@@ -669,14 +678,14 @@ start = time.process_time()
 catalog = read_catalog(CatalogConfig(csv=sys.argv[1], videos="/tmp"), "")
 seconds = time.process_time() - start  # of other processes on this machine it says nothing
 done.set(); watcher.join()
-start = time.perf_counter()
+start = time.process_time()
 rows = catalog.videos(len(catalog) // 2, len(catalog) // 2 + 100)
-print(len(catalog), seconds, (most - before) / 2**20, time.perf_counter() - start, len(rows))
+print(len(catalog), seconds, (most - before) / 2**20, time.process_time() - start, len(rows))
 """
 
 
 def test_a_hundred_thousand_rows_are_read_in_a_second_and_sixty_megabytes(tmp_path):
-    """A tenth of what a million may take, and a constant for pyarrow's buffers of parsing."""
+    """A tenth of what a million may take, and 40 MB for the blocks that pyarrow parses ahead."""
     draw = random.Random(0)
     words = ["a dog", "a cat", "and", "the old man", "runs", "over a hill,", "by the sea", "at night", "aerial view"]
     with (tmp_path / "v.csv").open("w") as file:
@@ -685,10 +694,11 @@ def test_a_hundred_thousand_rows_are_read_in_a_second_and_sixty_megabytes(tmp_pa
             videoid, page = draw.randrange(10**10), f"{i // 50 * 50:06d}_{i // 50 * 50 + 49:06d}"
             url = f"https://example.org/videos/{videoid}/preview/stock-footage-of-something-or-other.mp4"
             file.write(f'{videoid},{url},PT00H00M30S,{page},"{" ".join(draw.choices(words, k=8))}"\n')
-    command = [sys.executable, "-c", GROWTH, str(tmp_path / "v.csv")]
+    (tmp_path / "one.csv").write_text(HEADER + "1,u,,p,x\n")
+    command = [sys.executable, "-c", GROWTH, str(tmp_path / "v.csv"), str(tmp_path / "one.csv")]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
     count, seconds, megabytes, slice_seconds, rows = (float(number) for number in said.split())
     assert (count, rows) == (100_000, 100)
     assert seconds < 1, said
-    assert megabytes < 60 + 60, said
+    assert megabytes < 60 + 40, said
     assert slice_seconds < 0.02, said
