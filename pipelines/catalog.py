@@ -407,7 +407,6 @@ def _place_of(videoid: str) -> int:
 
 def _sorted(table: pa.Table, limit: int | None) -> pa.Table:
     """The table by videoid, a column at a time, so that two copies of one column are the most there is."""
-    table = table.unify_dictionaries()
     order = pc.sort_indices(table["videoid"])[:limit]
     columns = {}
     for name in SCHEMA.names:

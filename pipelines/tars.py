@@ -108,8 +108,7 @@ def _members(window: "_Window") -> Iterator[Member]:
     """Regular files and links. Ends at the block of zeros that ends a tar: without one, it is `Damaged`."""
     position = 0
     long_name: bytes | None = None
-    for_all: dict[bytes, bytes] = {}
-    for_next: dict[bytes, bytes] = {}
+    records: dict[bytes, bytes] = {}  # of a pax header, for the next member
     while True:
         # With the last byte of the member before, which says that it is whole.
         before = min(position, 1)
@@ -131,21 +130,18 @@ def _members(window: "_Window") -> Iterator[Member]:
                 raise Damaged(position)
             if kind == b"L":
                 long_name = data.split(b"\0")[0]
-            elif kind == b"g":
-                for_all |= _records(data, position)
             elif kind in b"xX":
-                for_next = _records(data, position)
+                records = _records(data, position)
             position = _next(content, size)
             continue
-        records = for_all | for_next
         if b"size" in records:
             size = int(records[b"size"]) if re.fullmatch(rb"\d{1,18}", records[b"size"]) else -1
         if not 0 <= size < 2**62:
             raise Damaged(position)
         name = records.get(b"path") or long_name or _name(header)
-        long_name, for_next = None, {}
         shown = name.decode("utf-8", "surrogateescape").removeprefix("./")
         sparse = any(key.startswith(b"GNU.sparse") for key in records)
+        long_name, records = None, {}
         if kind in b"12" or sparse:
             yield Member(shown, content, -1)
         elif kind in b"0\0" + b"7" and not name.endswith(b"/"):
