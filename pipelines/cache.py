@@ -35,7 +35,14 @@ LATEST = "latest.json"
 INDEX, PLAN, REJECTS = "index.arrow", "plan.arrow", "rejects.jsonl"
 AT_ONCE = 16  # requests to a store
 CODE = (
-    *("pipelines.clips", "pipelines.views", "pipelines.video", "pipelines.decoding", "pipelines.catalog"),
+    *(
+        "pipelines.clips",
+        "pipelines.views",
+        "pipelines.video",
+        "pipelines.decoding",
+        "pipelines.catalog",
+        "pipelines.tars",
+    ),
     *("cil.metrics.motion", "cil.metrics.clips", "cil.metrics.duplicates", "cil.moments", "cil.draws"),
 )
 SHAPING = (  # of the keys of `cache`, what shapes a clip or a part
@@ -159,7 +166,7 @@ def _planned(snapshot: Artifact, folder: str, catalog: Catalog, size: int) -> pa
         pointer = storage.join(folder, LATEST)
         base = json.loads(storage.read(pointer))["snapshot"] if storage.exists(pointer) else None
         before = _table(storage.join(folder, "snapshots", base, PLAN)) if base else None
-        storage.write(uri, _ipc(plan_parts(_hashes(catalog), before, size)))
+        storage.write(uri, _ipc(plan_parts(hashes_of(catalog), before, size)))
     return _table(uri)
 
 
@@ -191,7 +198,7 @@ def part_names(plan: pa.Table) -> list[str]:
     return names
 
 
-def _hashes(catalog: Catalog) -> np.ndarray:
+def hashes_of(catalog: Catalog) -> np.ndarray:
     """Of what a row says of its video, wherever the file lies."""
     told = catalog.table.select(["videoid", "caption", "problem"]).to_pandas()
     hashes: np.ndarray = pd.util.hash_pandas_object(told, index=False).to_numpy()

@@ -1,8 +1,6 @@
 """One part of a cache, made in this process."""
 
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +8,10 @@ import pytest
 import torch
 
 from cil.moments import Moments
-from pipelines.artifact import Manifest
-from pipelines.cache import PartMaker
-from pipelines.catalog import Video
+from pipelines import storage
+from pipelines.cache import Cache, build_cache, hashes_of, opened, part_names, plan_parts
+from pipelines.catalog import read_catalog
+from pipelines.clips import PartMaker
 from pipelines.config import load
 from pipelines.reader import ClipReader
 from pipelines.video import encode
@@ -21,34 +20,40 @@ CAPTIONS = ["a dog", "a cat", "a dog"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Callable[..., Manifest]:
+def made(tmp_path_factory) -> Callable[..., Cache]:
     """made("key=value", ...) -> a cache of one part: three videos of noise, two of them with one caption."""
     folder = tmp_path_factory.mktemp("videos")
     random = np.random.default_rng(0)
-    videos = [Video(str(i), caption, (str(folder / f"{i}.mp4"),)) for i, caption in enumerate(CAPTIONS)]
-    for video in videos:
+    for i in range(len(CAPTIONS)):
         coarse = random.integers(0, 255, (8, 4, 4, 3), dtype=np.uint8)
-        Path(*video.sources).write_bytes(encode(coarse.repeat(8, 1).repeat(8, 2), 8))
+        (folder / f"{i}.mp4").write_bytes(encode(coarse.repeat(8, 1).repeat(8, 2), 8))
+    rows = "".join(f"{i},{caption}\n" for i, caption in enumerate(CAPTIONS))
+    (folder / "videos.csv").write_text(f"videoid,name\n{rows}")
 
-    def make(*overrides: str) -> Manifest:
+    def make(*overrides: str) -> Cache:
         out = tmp_path_factory.mktemp("cache")
         size = ("family.preset=tiny", "family.frames=2", "cache.validation=0", "cache.test=0")
-        config = load(None, [f"out={out}", *size, *overrides])
-        data, problem = PartMaker(config.model_dump())([asdict(video) for video in videos])
+        videos = (f"catalog.csv={folder}/videos.csv", f"catalog.videos={folder}")
+        config = load(None, [f"out={out}", *size, *videos, *overrides])
+        catalog, parts = read_catalog(config.catalog, ""), str(out / "cache/parts")
+        (name,) = part_names(plan_parts(hashes_of(catalog), None, 100))
+        maker = PartMaker(config.model_dump(), parts, catalog)
+        index, problem = maker({"name": name, "start": 0, "stop": len(catalog)})
         assert not problem
-        (out / "parts").mkdir()
-        (out / "parts" / "part").write_bytes(data)
-        return Manifest(str(out), "latent cache", "", {}, {}, {"parts": [{"name": "part"}]})
+        storage.write(f"{parts}/{name}.index", index)
+        return build_cache(config)  # which finds it
 
     return make
 
 
-def table(cache: Manifest) -> pa.Table:
-    return pa.ipc.open_file(Path(cache.uri, "parts", "part").read_bytes()).read_all()
+def table(cache: Cache) -> pa.Table:
+    (part,) = cache.parts
+    return opened(cache.path(part["name"])).read_all()
 
 
-def moments(cache: Manifest) -> Moments:
-    return Moments.from_bytes(table(cache).schema.metadata[b"moments"])
+def moments(cache: Cache) -> Moments:
+    (part,) = cache.parts
+    return Moments.from_bytes(storage.read(cache.path(part["name"], "moments")))
 
 
 def test_a_caption_is_kept_once_and_its_clips_share_it(made):
@@ -57,7 +62,7 @@ def test_a_caption_is_kept_once_and_its_clips_share_it(made):
     assert len(texts) == 6
     assert len(texts.dictionary) == 2
     reader = ClipReader(cache, "train")
-    of = {reader.ids[i]: reader.batch([i])["text"] for i in range(6)}
+    of = {reader.known(i)["clip_id"]: reader.batch([i])["text"] for i in range(6)}
     assert torch.equal(of["0:0"], of["0:1"])
     assert torch.equal(of["0:0"], of["2:1"])
     assert not torch.equal(of["0:0"], of["1:0"])
@@ -90,5 +95,60 @@ def test_samples_of_the_posterior_are_a_function_of_seed_and_clip(made):
 
 def test_clip_features_take_the_place_of_the_image_where_they_are_asked_for(made):
     images, features = made("family.name=svd"), made("family.name=svd", "family.clip_features=true")
-    assert {"image", "latents", "rate"} == set(ClipReader(images, "train").batch([0]))
-    assert {"clip", "latents", "rate"} == set(ClipReader(features, "train").batch([0]))
+    assert {"image", "latents", "rate", "frame"} == set(ClipReader(images, "train").batch([0]))
+    assert {"clip", "latents", "rate", "frame"} == set(ClipReader(features, "train").batch([0]))
+
+
+def test_a_clip_is_read_from_the_place_that_the_index_tells(made):
+    cache = made("family.name=videocrafter1", "family.latents=mean_std")
+    reader, whole = ClipReader(cache, "train"), table(cache).to_pandas().set_index("clip_id")
+    batch = reader.batch([4, 0, 5])
+    for i, number in enumerate((4, 0, 5)):
+        row = whole.loc[reader.known(number)["clip_id"]]
+        for name in ("latents", "latents_std", "text", "image", "rate"):
+            assert batch[name][i].numpy().tobytes() == row[name], name
+    ahead = list(reader.ahead([[4, 0, 5], [1], [2, 3]]))
+    assert torch.equal(ahead[0]["latents"], batch["latents"])
+    assert [len(each["latents"]) for each in ahead] == [3, 1, 2]
+
+
+def test_scores_filter_what_is_read(made):
+    cache = made("family.name=toy")
+    motion = ClipReader(cache, "train").values("motion")
+    middle = float(np.median(motion))
+    some = ClipReader(cache, "train", {"motion": (middle, None), "cut": (None, 1.0)})
+    assert len(some) == (motion >= middle).sum()
+    assert (some.values("motion") >= middle).all()
+    assert len(ClipReader(cache, "test")) == 0
+
+
+def test_a_conditional_image_may_be_any_frame_of_a_training_clip(made):
+    cache = made("family.name=videocrafter1", "cache.condition=random", "cache.views_per_video=8", "seed=2")
+    reader = ClipReader(cache, "train")
+    assert set(reader.values("frame").tolist()) == {0, 1}
+    batch = reader.batch(range(len(reader)))
+    assert batch["frame"].tolist() == reader.values("frame").tolist()
+    first = ClipReader(made("family.name=videocrafter1", "cache.views_per_video=8", "seed=2"), "train")
+    same = [torch.equal(a, b) for a, b in zip(batch["image"], first.batch(range(len(first)))["image"], strict=True)]
+    assert same == [frame == 0 for frame in batch["frame"].tolist()]
+
+
+def test_clips_are_mirrored_as_often_as_is_asked(made):
+    some = table(made("family.name=toy", "cache.flip=0.5", "cache.views_per_video=8"))["flip"].to_pylist()
+    assert 4 < sum(some) < 20
+    plain, mirrored = (
+        ClipReader(made("family.name=toy", f"cache.flip={share}"), None).batch([0])["latents"] for share in (0, 1)
+    )
+    # The toy's latents are cosines of 4 pixels: those that are odd from left to right change their sign.
+    wanted = plain[0].flip(-1) * torch.tensor([1, -1, 1, -1])[:, None, None]
+    torch.testing.assert_close(mirrored[0].float(), wanted.float(), atol=2e-3, rtol=0)
+
+
+def test_the_picture_is_cropped_before_it_is_resized(made):
+    whole, half = (
+        ClipReader(made("family.name=toy", *crop), None).batch([0])["latents"][0]
+        for crop in ((), ("cache.crop=[0, 0, 0.5, 0.5]",))
+    )
+    # 32 x 32 of four blocks a side: the quarter is scaled up twice, and its average is that of the whole's corner.
+    torch.testing.assert_close(half[:, 0].mean(), whole[:, 0, :4, :4].mean(), atol=0.01, rtol=0)
+    assert not torch.allclose(half, whole, atol=0.05)
