@@ -7,6 +7,7 @@ reads an older one notices nothing. Parts are named by the videos in them, so bu
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from pipelines.config import Config
 from pipelines.errors import Unfinished, UserError
 from pipelines.models import encoder_of, encoding_code, family_of, refuse_other_family, shape_of
 from pipelines.parts import Part, make_parts
+from pipelines.tracking import Run
 
 KIND, SNAPSHOT = "latent cache", "snapshot"
 LATEST = "latest.json"
@@ -86,6 +88,7 @@ class Cache:
 
 def build_cache(config: Config) -> Cache:
     """A snapshot of the catalog. Finished already: does nothing. Begun: makes the parts that are missing."""
+    begin = time.monotonic()
     catalog = read_catalog(config.catalog, storage.join(config.out, "shapes"))
     family = family_of(config)
     if family.frames < 2 or min(family.height, family.width) < SMALLEST:
@@ -109,7 +112,19 @@ def build_cache(config: Config) -> Cache:
             "Run the same command again, or accept them with cache.accept_transient=true"
         )
     _finish(folder, snapshot, plan, config.cache.views_per_video)
-    return _latest(folder.uri, name)
+    cache = _latest(folder.uri, name)
+    if config.tracking.uri:
+        _track(config, cache, time.monotonic() - begin)
+    return cache
+
+
+def _track(config: Config, cache: Cache, seconds: float) -> None:
+    """A run of its own, beside those of the rows."""
+    run = Run(config, "cache", "cache", cache.fingerprint)
+    run.parameters({key: value for key, value in cache.encoding.items() if key != "code"})
+    run.tags({"cache": cache.uri})
+    run.metrics(cache.counts | {"seconds": seconds, "clips_per_second": cache.counts["clips"] / seconds})
+    run.finish()
 
 
 def encoding_of(config: Config, family: Family) -> Identity:
@@ -229,7 +244,12 @@ def _make(config: Config, folder: Artifact, catalog: Catalog, plan: pa.Table) ->
     cluster.connect()
     rows = ray.put(replace(catalog, table=catalog.table.take(order)))
     arguments = {"config": config.model_dump(), "folder": folder.path("parts"), "catalog": rows}
-    return make_parts(KIND, "clips", parts, PartMaker, arguments, gpus=config.cache.gpus)
+    return make_parts(KIND, "clips", parts, PartMaker, arguments, config.cache.gpus, _noted)
+
+
+def _noted(told: Counter[str]) -> str:
+    busy = told["encoding"] / max(told["seconds"], 1e-9)  # the rest of it they wait for decoders
+    return f"{told['rejected']} videos rejected, {told['bytes'] / 1e6:.1f} MB, encoders busy {busy:.0%}"
 
 
 def _finish(folder: Artifact, snapshot: Artifact, plan: pa.Table, views: int) -> None:

@@ -97,8 +97,8 @@ def verify(config: Config, cache: Cache) -> None:
                 damaged.append(f"{uri} has other bytes than when it was made")
         if i in again and not damaged:
             mine = sorted(rows[(numbers == i) & (splits == "train")].tolist())
-            made, _ = maker({"part": part["name"], "rows": mine})
-            if made != storage.read(cache.path(part["name"], "moments")):
+            again_made = maker({"part": part["name"], "rows": mine}).data
+            if again_made != storage.read(cache.path(part["name"], "moments")):
                 damaged.append(f"{cache.path(part['name'], 'moments')} is not of its clips")
         progress.advance(part["bytes"])
     if damaged:

@@ -6,6 +6,7 @@ A part is three files. `NAME.arrow` holds the clips with their tensors, `NAME.mo
 
 import hashlib
 import json
+import time
 from bisect import bisect_left
 from dataclasses import asdict
 from typing import Any, cast
@@ -23,6 +24,7 @@ from pipelines.catalog import Catalog, Video
 from pipelines.config import Config
 from pipelines.decoding import DecodePool
 from pipelines.models import family_of
+from pipelines.parts import Made
 from pipelines.video import DECODERS, BadVideo, Reason
 from pipelines.views import View, split_of, unit, views_of
 
@@ -63,23 +65,28 @@ class PartMaker:
         policy = self.config.cache
         self.decoders = DecodePool(DECODERS[policy.decoder], policy.decode_seconds, policy.decoders)
 
-    def __call__(self, plan: dict[str, Any]) -> tuple[bytes | None, str]:
+    def __call__(self, plan: dict[str, Any]) -> Made:
         rows: list[dict[str, Any]] = []
         rejects: list[dict[str, Any]] = []
         self.captions: dict[str, dict[str, torch.Tensor]] = {}  # of this part
+        begin, encoding = time.monotonic(), 0.0
         videos = self.catalog.videos(plan["start"], plan["stop"])
         for video, decoded in zip(videos, self.decoders.ahead(self._decode, videos), strict=True):
             try:
                 clips = decoded.result()
+                before = time.monotonic()
                 rows += [self._encode(video, number, *clip) for number, clip in enumerate(clips)]
+                encoding += time.monotonic() - before
             except BadVideo as error:
                 rejects.append(self._reject(video, error.reason, str(error)))
             except OSError as error:
                 rejects.append(self._reject(video, "io", f"{type(error).__name__}: {error}"))
         transient = [reject for reject in rejects if reject["reason"] == "io"]
         if transient and not self.config.cache.accept_transient:
-            return None, f"{transient[0]['videoid']}: {transient[0]['message']}"
-        return self._write(plan["name"], rows, rejects), ""
+            return Made(None, f"{transient[0]['videoid']}: {transient[0]['message']}")
+        index, size = self._write(plan["name"], rows, rejects)
+        told = {"rejected": len(rejects), "bytes": size, "encoding": encoding, "seconds": time.monotonic() - begin}
+        return Made(index, told=told)
 
     def _read(self, video: Video) -> bytes:
         if video.problem:
@@ -137,7 +144,8 @@ class PartMaker:
         clips = self.config.cache.views_per_video
         return {"videoid": video.videoid, "reason": reason, "clips": clips, "message": message[:500]}
 
-    def _write(self, name: str, rows: list[dict[str, Any]], rejects: list[dict[str, Any]]) -> bytes:
+    def _write(self, name: str, rows: list[dict[str, Any]], rejects: list[dict[str, Any]]) -> tuple[bytes, int]:
+        """The index, and the bytes of the clips."""
         known = pa.Table.from_pylist([{key: row[key] for key in CLIP.names} for row in rows], CLIP)
         captions = sorted(self.captions)
         places = [bisect_left(captions, row["caption"]) for row in rows]
@@ -166,7 +174,7 @@ class PartMaker:
             "bytes": str(len(data)),
         }
         index = known.drop_columns(["frame_indices"]).append_column("place", pa.array(places, pa.int32()))
-        return _ipc(index.replace_schema_metadata(said))
+        return _ipc(index.replace_schema_metadata(said)), len(data)
 
     def _moments(self, rows: list[dict[str, Any]]) -> Moments:
         if not rows:

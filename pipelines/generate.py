@@ -21,7 +21,7 @@ from pipelines.config import Config, EvaluationRow
 from pipelines.errors import UserError
 from pipelines.initial_noise import read_initial_noise
 from pipelines.models import family_code, family_of, shape_of
-from pipelines.parts import Part, chunks, make_parts
+from pipelines.parts import Made, Part, chunks, make_parts
 from pipelines.reader import ClipReader, SampleOrder
 from pipelines.video import encode
 from pipelines.weights import fingerprint_of, network_of
@@ -134,7 +134,7 @@ class Sampler:
         }
         self._net: tuple[tuple[str, bool] | None, nn.Module] = (None, nn.Identity())
 
-    def __call__(self, plan: dict[str, Any]) -> tuple[bytes, str]:
+    def __call__(self, plan: dict[str, Any]) -> Made:
         name, numbers = plan["set"], list(plan["numbers"])
         reader = self.readers[REFERENCE if name == REFERENCE else REAL]
         filled = numbers + numbers[-1:] * (self.config.generate.clips_per_part - len(numbers))
@@ -149,7 +149,7 @@ class Sampler:
             fps = max(round(clip["fps"] / clip["stride"]), 1)
             storage.write(storage.join(plan["folder"], file), encode(frames, fps))
             lines.append({"file": file} | {name: clip[name] for name in ("clip_id", "caption", "stride")})
-        return storage.to_rows(lines), ""
+        return Made(storage.to_rows(lines))
 
     @torch.no_grad()
     def sample(self, row: EvaluationRow, clips: dict[str, Tensor], ids: list[str]) -> Tensor:

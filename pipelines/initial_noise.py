@@ -21,7 +21,7 @@ from pipelines.cache import AT_ONCE, Cache, opened, read_cache
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.models import family_of, refuse_other_family
-from pipelines.parts import Part, make_parts
+from pipelines.parts import Made, Part, make_parts
 from pipelines.reader import selected
 
 KIND = "initial noise"
@@ -97,7 +97,7 @@ class MomentsMaker:
         self.shape = family_of(Config.model_validate(config)).latent_shape
         self.cache = cache
 
-    def __call__(self, plan: dict[str, Any]) -> tuple[bytes, str]:
+    def __call__(self, plan: dict[str, Any]) -> Made:
         table = opened(storage.join(self.cache, "parts", f"{plan['part']}.arrow")).read_all().take(plan["rows"])
         tensors = [
             torch.from_numpy(
@@ -106,7 +106,7 @@ class MomentsMaker:
             for name in ("latents", "latents_std")
             if name in table.column_names
         ]
-        return Moments.of(tensors[0], table["clip_id"].to_pylist(), *tensors[1:]).to_bytes(), ""
+        return Made(Moments.of(tensors[0], table["clip_id"].to_pylist(), *tensors[1:]).to_bytes())
 
 
 def draw_estimate(groups: list[Moments], counted: torch.Tensor) -> bytes:

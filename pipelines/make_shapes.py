@@ -7,7 +7,7 @@ from typing import Any
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.config import Config, ShapesConfig
-from pipelines.parts import Part, chunks, make_parts
+from pipelines.parts import Made, Part, chunks, make_parts
 from pipelines.shapes import Shape
 from pipelines.video import encode
 
@@ -44,7 +44,7 @@ class PageMaker:
     def __init__(self, seed: int, shapes: dict[str, Any], folder: str) -> None:
         self.seed, self.shapes, self.folder = seed, ShapesConfig.model_validate(shapes), folder
 
-    def __call__(self, plan: list[int]) -> tuple[bytes, str]:
+    def __call__(self, plan: list[int]) -> Made:
         lines = io.StringIO(newline="")
         writer = csv.DictWriter(lines, COLUMNS)
         page = plan[0] // VIDEOS_PER_PAGE * VIDEOS_PER_PAGE
@@ -60,7 +60,7 @@ class PageMaker:
             duration = f"PT{seconds // 3600:02d}H{seconds // 60 % 60:02d}M{seconds % 60:02d}S"
             url = f"https://example.org/{shape.videoid}.mp4"
             writer.writerow(dict(zip(COLUMNS, (shape.videoid, url, duration, page_dir, shape.caption), strict=True)))
-        return lines.getvalue().encode(), ""
+        return Made(lines.getvalue().encode())
 
 
 def shape_of(seed: int, shapes: ShapesConfig, index: int) -> Shape:

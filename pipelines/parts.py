@@ -4,10 +4,12 @@ What a killed run left is found by its name; only the parts that are missing are
 once has the same bytes, so nobody needs a lock.
 """
 
+import json
 import posixpath
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from pipelines import cluster, storage
 from pipelines.progress import Progress
@@ -20,10 +22,16 @@ class Part:
     size: int  # in the unit that progress counts
 
 
-class Maker(Protocol):
-    """Made once a worker, then called with a part's plan; answers its bytes, or None and why it cannot be made."""
+class Made(NamedTuple):
+    data: bytes | None  # of the file
+    problem: str = ""  # why there is none
+    told: Mapping[str, float] = {}  # figures that are added up for the line of progress
 
-    def __call__(self, plan: Any) -> tuple[bytes | None, str]: ...
+
+class Maker(Protocol):
+    """Made once a worker, then called with a part's plan."""
+
+    def __call__(self, plan: Any) -> Made: ...
 
 
 def make_parts(
@@ -33,10 +41,11 @@ def make_parts(
     maker: Callable[..., Maker],
     arguments: dict[str, Any],
     gpus: float = 0,
+    note: Callable[[Counter[str]], str] = lambda told: "",
 ) -> list[str]:
     """Have every part made that is not there yet. Answers what the makers said of parts that they could not make.
 
-    A worker has a CPU, or `gpus` of a GPU.
+    A worker has a CPU, and `gpus` of a GPU. `note` words the sums of what they tell.
     """
     import ray
 
@@ -58,11 +67,12 @@ def make_parts(
         num_cpus=1,
         num_gpus=gpus or None,
     )
-    problems = []
+    problems, told = [], Counter[str]()
     for row in made.iter_rows():
         if row["problem"]:
             problems.append(row["problem"])
-        progress.advance(row["size"])
+        told.update(json.loads(row["told"]))
+        progress.advance(row["size"], note(told))
     return problems
 
 
@@ -71,10 +81,10 @@ class _PartWriter:
         self._make = maker(**arguments)
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
-        data, problem = self._make(part["plan"])
-        if data is not None:
-            storage.write(part["uri"], data)
-        return {"size": part["size"], "problem": problem}
+        made = self._make(part["plan"])
+        if made.data is not None:
+            storage.write(part["uri"], made.data)
+        return {"size": part["size"], "problem": made.problem, "told": json.dumps(made.told)}
 
 
 def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -16,7 +16,7 @@ from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.generate import KIND as VIDEOS
 from pipelines.generate import REAL, REFERENCE
-from pipelines.parts import Part, chunks, make_parts
+from pipelines.parts import Made, Part, chunks, make_parts
 from pipelines.shapes import velocity_of
 from pipelines.tracking import Run, refuse_unreachable
 from pipelines.video import decode_all
@@ -88,7 +88,7 @@ class Scorer:
     def __init__(self, folders: dict[str, str], net: str) -> None:
         self.folders, self.net = folders, _load_net(net)
 
-    def __call__(self, plan: dict[str, Any]) -> tuple[bytes, str]:
+    def __call__(self, plan: dict[str, Any]) -> Made:
         lines = []
         for line in plan["lines"]:
             frames = decode_all(storage.read(storage.join(self.folders[plan["set"]], line["file"])))
@@ -104,7 +104,7 @@ class Scorer:
                 "features": [round(float(x), 6) for x in features[0]],
             }
             lines.append(scores)
-        return storage.to_rows(lines), ""
+        return Made(storage.to_rows(lines))
 
 
 def evaluation(config: Config, scores: Manifest) -> str:

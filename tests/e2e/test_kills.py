@@ -61,7 +61,7 @@ def disturbed(road, smallest, tmp_path_factory):
     make_shapes(config)
 
     parts = Path(config.out, "cache/parts")
-    killer = Killer("MapWorker", lambda: parts.exists() and len(list(parts.glob("part*"))) >= 1)
+    killer = Killer("MapWorker", lambda: parts.exists() and any(parts.glob("*.index")))
     build_cache(config)
     assert killer.killed
 
@@ -77,7 +77,10 @@ def checkpoints(config) -> int:
 
 def test_a_cache_whose_worker_was_killed_has_the_same_bytes(road, disturbed):
     assert files(disturbed.out + "/cache/parts") == files(road.out + "/cache/parts")
-    assert files(disturbed.out + "/cache", "rejects.jsonl") == files(road.out + "/cache", "rejects.jsonl")
+    for name in ("plan.arrow", "index.arrow", "rejects.jsonl"):
+        assert files(disturbed.out + "/cache/snapshots", f"*/{name}") == files(
+            road.out + "/cache/snapshots", f"*/{name}"
+        )
 
 
 def test_weights_whose_training_was_killed_are_bit_identical(road, disturbed):
@@ -124,12 +127,12 @@ def test_a_driver_that_is_killed_is_followed_by_the_same_command(road, smallest,
         f"out={tmp_path}",
     ]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    while first.poll() is None and not any(parts.glob("part*")):
+    while first.poll() is None and not any(parts.glob("*.index")):
         time.sleep(0.01)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
-    assert not (tmp_path / "cache/manifest.json").exists()
-    kept = {p: p.stat().st_mtime_ns for p in parts.glob("part*")}
+    assert not list(tmp_path.glob("cache/snapshots/*/manifest.json"))
+    kept = {p: p.stat().st_mtime_ns for name in parts.glob("*.index") for p in parts.glob(f"{name.stem}.*")}
     assert kept
 
     second = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -148,7 +151,7 @@ def test_what_failed_for_a_passing_reason_is_tried_again_and_the_manifest_waits(
     video.mkdir()  # reading it fails with an OSError, as from a disk or a network that is ill
     with pytest.raises(Unfinished, match=rf"1 parts wait .*{video.stem}.*cache\.accept_transient=true"):
         build_cache(config)
-    assert not (tmp_path / "cache/manifest.json").exists()
+    assert not list(tmp_path.glob("cache/snapshots/*/manifest.json"))
 
     accepting = smallest(tmp_path, "cache.accept_transient=true", f"catalog.csv={tmp_path}/shapes/videos.csv")
     video.rmdir()
@@ -164,7 +167,7 @@ def test_passing_failures_can_be_accepted(smallest, tmp_path):
     video.unlink()
     video.mkdir()
     manifest = build_cache(config)
-    reasons = [line for line in files(tmp_path / "cache")["rejects.jsonl"].decode().splitlines() if '"io"' in line]
+    reasons = [line for line in Path(manifest.manifest.uri, "rejects.jsonl").read_text().splitlines() if '"io"' in line]
     assert len(reasons) == 1
     assert video.stem in reasons[0]
     assert manifest.counts["clips"] + manifest.counts["rejected"] == manifest.counts["planned"]

@@ -16,11 +16,13 @@ from moto.server import ThreadedMotoServer
 
 from cil import InitialNoise
 from pipelines import storage
+from pipelines.cache import read_cache
 from pipelines.catalog import read_catalog
-from pipelines.config import CatalogConfig
+from pipelines.config import CatalogConfig, load
 from pipelines.errors import UserError
 from pipelines.initial_noise import FILE
 from pipelines.make_shapes import make_shapes
+from pipelines.reader import ClipReader
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def endpoint():
+def endpoint(tmp_path_factory):
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -37,6 +39,7 @@ def endpoint():
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": "a-secret-nobody-may-see",
         "AWS_DEFAULT_REGION": "us-east-1",
+        "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("kept")),
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
@@ -209,7 +212,8 @@ def test_a_cache_is_made_of_tars_on_s3(endpoint, smallest, tmp_path):
     storage.write("s3://webvid/packed/0.tar", data.getvalue())
     done = job("build_cache", f"out={tmp_path}", "catalog.tars=s3://webvid/packed/*.tar")
     assert done.returncode == 0, done.stderr
-    counts = json.loads((tmp_path / "cache/manifest.json").read_text())["counts"]
+    (manifest,) = tmp_path.glob("cache/snapshots/*/manifest.json")
+    counts = json.loads(manifest.read_text())["counts"]
     assert counts["clips"] == config.shapes.videos * config.cache.views_per_video
     assert counts["rejected_videos"] == len(files) - config.shapes.videos
 
@@ -262,8 +266,11 @@ def test_a_cache_and_its_initial_noise_on_s3_are_those_of_a_disk(endpoint, road,
     )
     assert torch.equal(ours.mean, theirs.mean)
     assert ours.variance == theirs.variance
-    for name in ("plan.json", "manifest.json"):
-        assert b"a-secret-nobody-may-see" not in storage.read(f"s3://webvid/out/cache/{name}")
+    for name in storage.files_below("s3://webvid/out"):
+        assert b"a-secret-nobody-may-see" not in storage.read(f"s3://webvid/out/{name}"), name
+    reader = ClipReader(read_cache(load(None, ["out=s3://webvid/out", "family.frames=8", "family.height=24"])), "train")
+    beside = ClipReader(read_cache(road), "train")
+    assert torch.equal(reader.batch([5, 1])["latents"], beside.batch([5, 1])["latents"])
 
     again = job("build_cache", *where)
     assert "nothing to do" in again.stdout

@@ -116,9 +116,10 @@ def test_the_data_cache_and_training_jobs_run_when_submitted(cluster, environmen
     """With the same configuration file that a laptop uses."""
     configuration = ["--config", "tests/smallest.yaml", f"out={tmp_path}", "compare.claims=[]"]
     configuration += ["generate.rows={}"]
-    configuration += ["finetune.rows={base: {weights: null, seeds: [0], samples: 64, min_motion: 0}}"]
+    configuration += ["finetune.rows={base: {weights: null, seeds: [0], samples: 64, where: {}}}"]
     for job in ("make_shapes", "build_cache", "finetune"):
         done = submit(cluster, environment, f"jobs.{job}", *configuration)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert read_manifest(f"{tmp_path}/cache", "latent cache").counts["clips"] == 339
+    (snapshot,) = (tmp_path / "cache/snapshots").iterdir()
+    assert read_manifest(str(snapshot), "snapshot").counts["clips"] == 339
     assert read_manifest(f"{tmp_path}/weights/base", "weights").counts == {"samples": 64}

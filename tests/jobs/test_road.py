@@ -12,6 +12,7 @@ import torch
 from mlflow import MlflowClient
 
 from cil import InitialNoise, Moments, families
+from cil.metrics.duplicates import picture_hash
 from cil.metrics.motion import motion_score
 from jobs import paper
 from pipelines import cache, generate, score, storage
@@ -25,6 +26,7 @@ from pipelines.shapes import velocity_of
 from pipelines.study import read_arms
 from pipelines.tracking import runs, store_uri
 from pipelines.video import PyAVDecoder, decode_all, fit
+from pipelines.views import split_of
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +38,8 @@ def clips(road) -> pd.DataFrame:
 
 
 def rejects(road) -> pd.DataFrame:
-    return pd.read_json(Path(road.out, "cache/rejects.jsonl"), lines=True, dtype={"videoid": str})
+    path = Path(cache.read_cache(road).manifest.uri, "rejects.jsonl")
+    return pd.read_json(path, lines=True, dtype={"videoid": str})
 
 
 def test_the_data_set_is_in_webvids_format(road):
@@ -61,7 +64,8 @@ def test_the_discs_have_the_speeds_that_were_asked_for(road):
 
 def test_rows_in_are_rows_out_and_rejects_and_each_damaged_video_is_a_row_with_its_reason(road, clips):
     counts = cache.read_cache(road).counts
-    assert counts == {"planned": 360, "clips": 339, "rejected": 21, "rejected_videos": 7}
+    size = sum(path.stat().st_size for path in Path(road.out, "cache/parts").glob("*.arrow"))
+    assert counts == {"planned": 360, "clips": 339, "rejected": 21, "rejected_videos": 7, "bytes": size}
     assert len(clips) == 339
     assert clips.clip_id.is_unique
     table = rejects(road)
@@ -79,6 +83,7 @@ def test_a_cached_clip_is_what_encoding_its_frames_gives(road, clips):
     latents = np.frombuffer(row.latents, np.float16).reshape(family.latent_shape)
     np.testing.assert_array_equal(latents, family.encode(frames[None])["latents"][0].numpy())
     assert row.motion == pytest.approx(motion_score(frames))
+    assert row.hash == picture_hash(fit(decode_all(path.read_bytes())[:1].numpy(), 24, 32)[0])
     assert row.caption.startswith("a disc")
     assert (row.fps, row.stride) == (5, 2)
 
@@ -93,17 +98,18 @@ def test_all_views_of_a_video_are_in_one_split_and_the_shares_are_as_configured(
 
 def test_splits_are_drawn_anew_with_another_seed(road):
     ids = [f"{i:09d}" for i in range(400)]
-    splits = [[cache.split_of(load(None, [f"seed={seed}"]), i) for i in ids] for seed in (1, 1, 2)]
+    splits = [[split_of(load(None, [f"seed={seed}"]), i) for i in ids] for seed in (1, 1, 2)]
     assert splits[0] == splits[1] != splits[2]
 
 
 def test_the_reader_gives_the_clips_of_a_split_that_move_enough(road, clips):
-    reader = ClipReader(cache.read_cache(road), "train", min_motion=0.06)
+    reader = ClipReader(cache.read_cache(road), "train", {"motion": (0.06, None)})
     wanted = clips[(clips.split == "train") & (clips.motion >= 0.06)].set_index("clip_id")
-    assert reader.ids == sorted(wanted.index)
+    ids = reader.index["clip_id"].take(pa.array(reader.rows)).to_pylist()
+    assert ids == sorted(wanted.index)
     assert 0 < len(reader) < (clips.split == "train").sum()
     batch = reader.batch([5, 0])["latents"]
-    np.testing.assert_array_equal(batch[0].numpy().tobytes(), wanted.loc[reader.ids[5]].latents)
+    np.testing.assert_array_equal(batch[0].numpy().tobytes(), wanted.loc[ids[5]].latents)
 
 
 def test_the_initial_noise_is_a_two_pass_float64_over_the_training_latents(road, clips):
@@ -115,11 +121,10 @@ def test_the_initial_noise_is_a_two_pass_float64_over_the_training_latents(road,
 
 
 def test_a_part_holds_the_moments_of_its_own_training_clips(road):
-    manifest = cache.read_cache(road)
-    part = manifest.content["parts"][2]["name"]
-    with cache.open_part(manifest, part) as reader:
-        table = reader.read_all().to_pandas()
-        moments = Moments.from_bytes(reader.schema.metadata[b"moments"])
+    made = cache.read_cache(road)
+    part = made.parts[2]["name"]
+    table = pd.read_feather(made.path(part))
+    moments = Moments.from_bytes(storage.read(made.path(part, "moments")))
     assert moments.count == (table.split == "train").sum()
 
 
@@ -132,7 +137,7 @@ def test_every_row_of_the_study_has_weights_and_a_run_of_its_own(road):
         assert run.info.status == "FINISHED"
         assert run.data.params["row.seed"] == str(rows[name].seed)
         assert run.data.params["row.conditioning.kind"] == rows[name].settings.conditioning.kind
-        assert run.data.params["cache"] == cache.snapshot(cache.read_cache(road))
+        assert run.data.params["cache"] == cache.read_cache(road).fingerprint
         assert "world_size" not in run.data.params
         assert run.data.tags["cil.world_size"] == "2"
         assert {"loss", "loss_t000", "loss_t900", "samples_per_second"} <= run.data.metrics.keys()
@@ -306,7 +311,7 @@ def test_no_run_has_a_step_twice_after_a_second_walk(road):
         ("cache.stride=1", cache.build_cache, r"cache\.stride was 2, is 1"),
         ("finetune.rows.naive.lr=1", finetune, r"weights/naive-1 was made .*row\.lr was 0\.0005, is 1\.0"),
         ("generate.steps=3", generate.generate, r"videos/naive-1 was made .*steps was 2, is 3"),
-        ("generate.min_motion=99", generate.generate, "at least 2 are needed"),
+        ("generate.where={motion: [99, null]}", generate.generate, "at least 2 are needed"),
     ],
 )
 def test_an_artifact_of_another_configuration_is_refused_by_name(road, smallest, override, job, says):
@@ -319,7 +324,7 @@ def test_an_artifact_of_another_configuration_is_refused_by_name(road, smallest,
     ("mistake", "says"),
     [
         ("finetune.workers=64", r"finetune\.workers=64: the cluster has"),
-        ("finetune.row.min_motion=99", "rows.fresh: no training clip .*motion >= 99"),
+        ("finetune.row.where={motion: [99, null]}", "rows.fresh: no training clip .*'motion': .99"),
         ("finetune.gpu=true", r"finetune\.workers=2: the cluster has 0 GPUs"),
     ],
 )
@@ -360,7 +365,7 @@ def test_manifests_name_everything_that_shaped_their_content(road):
     manifest = json.loads(Path(road.out, "weights/timenoise-1/manifest.json").read_text())
     assert manifest["identity"]["row"]["conditioning"]["kind"] == "timenoise"
     assert manifest["identity"]["parent"] == read_manifest(f"{road.out}/weights/base", "weights").fingerprint
-    assert manifest["identity"]["cache"] == cache.snapshot(cache.read_cache(road))
+    assert manifest["identity"]["cache"] == cache.read_cache(road).fingerprint
     assert json.loads(Path(road.out, "weights/timenoise-1/config.json").read_text())["finetune"]["row"]["batch"] == 8
     assert "torch" in manifest["software"]
 
@@ -368,7 +373,8 @@ def test_manifests_name_everything_that_shaped_their_content(road):
 def test_every_part_has_the_digest_that_the_manifest_says(road):
     import hashlib
 
-    for part in cache.read_cache(road).content["parts"]:
-        data = Path(road.out, "cache/parts", part["name"]).read_bytes()
+    made = cache.read_cache(road)
+    for part in made.parts:
+        data = Path(made.path(part["name"])).read_bytes()
         assert hashlib.sha256(data).hexdigest() == part["sha256"]
         assert pa.ipc.open_file(pa.py_buffer(data)).read_all().num_rows == part["clips"]

@@ -38,9 +38,7 @@ def made(tmp_path_factory) -> Callable[..., Cache]:
         catalog, parts = read_catalog(config.catalog, ""), str(out / "cache/parts")
         (name,) = part_names(plan_parts(hashes_of(catalog), None, 100))
         maker = PartMaker(config.model_dump(), parts, catalog)
-        index, problem = maker({"name": name, "start": 0, "stop": len(catalog)})
-        assert not problem
-        storage.write(f"{parts}/{name}.index", index)
+        storage.write(f"{parts}/{name}.index", maker({"name": name, "start": 0, "stop": len(catalog)}).data)
         return build_cache(config)  # which finds it
 
     return make
