@@ -1,7 +1,7 @@
 # Every target does its own set-up; the first run takes some minutes, a second one a moment.
 BIN := .venv/bin
 
-.PHONY: help setup paper test check bench clean
+.PHONY: help setup paper demo test check bench clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -11,6 +11,10 @@ setup: ## .venv with every version pinned
 
 paper: setup ## the whole road once, ending with the table and the page's path
 	@$(BIN)/python -m jobs.paper
+
+demo: setup ## the offline half alone: videos, latent cache, initial noise, and what they hold
+	@for job in make_shapes build_cache initial_noise show_cache; do \
+		$(BIN)/python -m jobs.$$job --config jobs/configs/demo.yaml || exit; done
 
 test: setup ## all tests
 	@$(BIN)/python -m pytest
