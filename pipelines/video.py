@@ -103,20 +103,22 @@ class PyAVDecoder:
         except BadVideo:
             if not start:
                 raise
-            found = self._find(0, pts)  # a keyframe may be one in name only, as where intra blocks refresh the picture
+            found = self._find(0, pts)  # a keyframe may be none, as where intra blocks refresh the picture
         if len({picture.shape for picture in found.values()}) > 1:
             raise BadVideo("damaged", "its frames change their size")
         return np.stack([found[self._pts[i]] for i in wanted])
 
     def _start(self, wanted: set[int]) -> int:
         """The last keyframe that is not after the first wanted frame: those shown before it may need another."""
-        at = (i for i, p in enumerate(self._packets) if p.is_keyframe and self._times[i] <= min(wanted))
-        return max(at, default=0)
+        first = min(wanted)
+        return max((i for i, p in enumerate(self._packets) if p.is_keyframe and self._times[i] <= first), default=0)
 
     def _find(self, start: int, wanted: set[int]) -> dict[int, np.ndarray]:
         found: dict[int, np.ndarray] = {}
         try:
             for frame in self._decode(start, wanted):
+                if start and frame.pts == self._times[start] and not frame.key_frame:
+                    raise BadVideo("damaged", "what its header calls a keyframe is none")
                 if frame.pts in wanted and frame.pts not in found and not frame.is_corrupt:
                     found[frame.pts] = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
                 if len(found) == len(wanted):
@@ -148,8 +150,8 @@ class PyAVDecoder:
 class DecordDecoder(PyAVDecoder):
     """decord where it gives the frames of a sequential decode, and PyAV elsewhere, so that both always agree.
 
-    decord 0.6 seeks to keyframes whose neighbours need the GOP before them, counts frames that an edit list hides,
-    errs in MPEG-TS, MPEG-4 and AVI, turns other colours than 8-bit 4:2:0 into RGB by other means, and has no AV1.
+    decord 0.6 seeks to keyframes that do not stand for themselves, counts frames that an edit list hides, errs in
+    MPEG-TS, MPEG-4 and AVI, turns other pictures than 8-bit 4:2:0 into RGB by other means, and has no AV1.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -158,26 +160,26 @@ class DecordDecoder(PyAVDecoder):
         if self._plain():
             import decord
 
-            self._failures = (decord.DECORDError, RuntimeError)
+            self._failures = (decord.DECORDError, RuntimeError, AssertionError)
+            keys = [i for i, pts in enumerate(self._times) if self._packets[i].is_keyframe]
             with contextlib.suppress(*self._failures):
-                self._reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
+                reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
+                self._reader = reader if [len(reader), *reader.get_key_indices()] == [self.count, *keys] else None
 
     def frames(self, wanted: Sequence[int]) -> np.ndarray:
-        if self._reader is not None and len(self._reader) == self.count:
+        if self._reader is not None:
             with contextlib.suppress(*self._failures):
                 return self._reader.get_batch(list(wanted)).asnumpy()
         return super().frames(wanted)
 
     def _plain(self) -> bool:
-        """8-bit 4:2:0 of an even size, not interlaced, in closed GOPs, every frame shown, in MP4 or Matroska."""
-        if self._container.format.name not in ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"):
-            return False
-        if self._context.name not in ("h264", "hevc", "vp8", "vp9") or len(self._packets) > self.count:
+        """H.264 in avcC, every frame shown, in closed GOPs, 8-bit 4:2:0 of an even size, not interlaced."""
+        if not self._length_size or len(self._packets) > self.count:
             return False
         earliest = self._pts[-1]
         for packet, pts in zip(reversed(self._packets), reversed(self._times), strict=True):
-            if packet.is_keyframe and (pts > earliest or not self._restarts(packet)):
-                return False
+            if packet.is_keyframe and (pts > earliest or 5 not in (header & 0x1F for header in self._units(packet))):
+                return False  # 5: an IDR picture; a recovery point has none
             earliest = min(earliest, pts)
         try:
             first = next(self._decode(0, {self._times[0]}))
@@ -185,10 +187,6 @@ class DecordDecoder(PyAVDecoder):
             return False
         even = first.width % 2 == first.height % 2 == 0
         return first.format.name in ("yuv420p", "yuvj420p") and even and not first.interlaced_frame
-
-    def _restarts(self, keyframe: av.Packet) -> bool:
-        """In H.264 an IDR picture, not a recovery point."""
-        return self._context.name != "h264" or 5 in (header & 0x1F for header in self._units(keyframe))
 
 
 DECODERS: dict[str, type[Decoder]] = {"pyav": PyAVDecoder, "decord": DecordDecoder}

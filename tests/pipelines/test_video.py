@@ -79,6 +79,11 @@ def x265(parameters: str, tag: str) -> Callable[[], bytes]:
     return lambda: video(textured(), "libx265", tag=tag, **{"x265-params": f"log-level=none:{parameters}"})
 
 
+def unlisted(make: Callable[[], bytes]) -> Callable[[], bytes]:
+    """An mp4 without the box that lists its keyframes, so that its header calls every frame one."""
+    return lambda: make().replace(b"stss", b"skip")
+
+
 VFR = np.cumsum([1 + (i % 4 == 0) * 3 for i in range(60)]).tolist()
 
 # Of these decord gives the frames itself.
@@ -92,11 +97,8 @@ PLAIN: dict[str, Callable[[], bytes]] = {
     "bt709": x264("", colour={"colorspace": 1, "color_primaries": 1, "color_trc": 1}),
     "fragments": x264("keyint=12", movflags="frag_keyframe+empty_moov"),
     "mkv": x264("keyint=12", container="matroska"),
+    "flv": x264("keyint=12", container="flv"),
     "variable frame rate": x264("", pts=VFR),
-    "hevc hev1": x265("keyint=12:open-gop=0", "hev1"),
-    "hevc hvc1": x265("keyint=12:open-gop=0", "hvc1"),
-    "vp8": lambda: video(textured(), "libvpx", "webm", g="15"),
-    "vp9 alt-ref": lambda: video(textured(), "libvpx-vp9", "webm", **{"lag-in-frames": "16", "auto-alt-ref": "1"}),
     "turned": lambda: turned(video(textured()), 180),
 }
 # Of these bare decord 0.6 gives other frames, or none.
@@ -104,6 +106,7 @@ DECORD_ERRS: dict[str, Callable[[], bytes]] = {
     "open gops": x264("keyint=12:open-gop=1:bframes=3"),
     "open gops, mkv": x264("keyint=12:open-gop=1:bframes=3", container="matroska"),
     "open gops, hevc": x265("keyint=12", "hvc1"),
+    "keyframes not listed": unlisted(x264("keyint=12")),
     "intra refresh": x264("intra-refresh=1:keyint=15:bframes=0"),
     "edit list": x264("keyint=12", pts=list(range(-10, 50))),
     "annex b": x264("keyint=12", container="mpegts"),
@@ -118,6 +121,12 @@ DECORD_ERRS: dict[str, Callable[[], bytes]] = {
     "gif": lambda: video(textured(), "gif", "gif", "rgb8"),
 }
 OTHERS: dict[str, Callable[[], bytes]] = {
+    "hevc hev1": x265("keyint=12:open-gop=0", "hev1"),
+    "hevc hvc1": x265("keyint=12:open-gop=0", "hvc1"),
+    "vp8": lambda: video(textured(), "libvpx", "webm", g="15"),
+    "vp9 alt-ref": lambda: video(textured(), "libvpx-vp9", "webm", **{"lag-in-frames": "16", "auto-alt-ref": "1"}),
+    "hevc, keyframes not listed": unlisted(x265("keyint=12:open-gop=0", "hvc1")),
+    "mpeg-4, keyframes not listed": unlisted(lambda: video(textured(), "mpeg4", g="12")),
     "4:4:4": x264("", pixels="yuv444p"),
     "4:4:4, odd size": lambda: video(textured(60, 63, 97), pixels="yuv444p"),
     "mpeg-4": lambda: video(textured(), "mpeg4", g="12"),
@@ -219,6 +228,9 @@ def test_frames_that_nothing_needs_are_not_decoded():
     decoder = PyAVDecoder(made("b-pyramid")[0])
     wanted = {decoder._pts[i] for i in range(0, 60, 8)}
     assert sum(1 for _ in decoder._decode(0, wanted)) < 45
+    decoder = PyAVDecoder(made("short closed gops")[0])
+    start = decoder._start({decoder._pts[50]})
+    assert sum(1 for _ in decoder._decode(start, {decoder._pts[50]})) <= 8
 
 
 def audio_only() -> bytes:
