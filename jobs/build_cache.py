@@ -2,7 +2,7 @@
 
     python -m jobs.build_cache out=outputs/try catalog.csv=webvid.csv catalog.videos=s3://bucket/videos
 
-Run again: does nothing, or finishes what a killed run left.
+--dry-run says how much that is first. Run again: does nothing, or finishes what a killed run left.
 """
 
 from pipelines.command import command
@@ -11,9 +11,13 @@ from pipelines.config import Config
 
 def run(config: Config) -> None:
     from pipelines.cache import build_cache
+    from pipelines.estimate import estimate
 
-    print(build_cache(config).uri)
+    if config.cache.dry_run:
+        print(estimate(config))
+    else:
+        print(build_cache(config).manifest.uri)
 
 
 if __name__ == "__main__":
-    command("build_cache", __doc__, ("family", "catalog", "cache"), run)
+    command("build_cache", __doc__, ("family", "catalog", "cache"), run, flags={"--dry-run": "cache.dry_run=true"})

@@ -178,11 +178,16 @@ def _planned(snapshot: Artifact, folder: str, catalog: Catalog, size: int) -> pa
     """Of every row of the catalog its hash and its part: written down when the work begins, then kept to."""
     uri = snapshot.path(PLAN)
     if not storage.exists(uri):
-        pointer = storage.join(folder, LATEST)
-        base = json.loads(storage.read(pointer))["snapshot"] if storage.exists(pointer) else None
-        before = _table(storage.join(folder, "snapshots", base, PLAN)) if base else None
-        storage.write(uri, _ipc(plan_parts(hashes_of(catalog), before, size)))
+        storage.write(uri, _ipc(plan_of(folder, catalog, size)))
     return _table(uri)
+
+
+def plan_of(folder: str, catalog: Catalog, size: int) -> pa.Table:
+    """Beginning with the parts of the latest snapshot."""
+    pointer = storage.join(folder, LATEST)
+    base = json.loads(storage.read(pointer))["snapshot"] if storage.exists(pointer) else None
+    before = _table(storage.join(folder, "snapshots", base, PLAN)) if base else None
+    return plan_parts(hashes_of(catalog), before, size)
 
 
 def plan_parts(hashes: np.ndarray, before: pa.Table | None, size: int) -> pa.Table:

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -89,6 +90,11 @@ class Catalog:
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    def problems(self) -> Counter[str]:
+        """How many videos are rejected without being looked at, by the reason."""
+        found = {each["values"]: each["counts"] for each in self.table["problem"].value_counts().to_pylist()}
+        return Counter({problem: count for problem, count in found.items() if problem})
 
     def videos(self, start: int, stop: int) -> list[Video]:
         columns = self.table.slice(start, max(0, stop - start)).to_pydict()

@@ -64,18 +64,19 @@ class PartMaker:
         self.family = family_of(self.config)
         policy = self.config.cache
         self.decoders = DecodePool(DECODERS[policy.decoder], policy.decode_seconds, policy.decoders)
+        self.captions: dict[str, dict[str, torch.Tensor]] = {}  # of the part at hand
 
     def __call__(self, plan: dict[str, Any]) -> Made:
         rows: list[dict[str, Any]] = []
         rejects: list[dict[str, Any]] = []
-        self.captions: dict[str, dict[str, torch.Tensor]] = {}  # of this part
+        self.captions = {}
         begin, encoding = time.monotonic(), 0.0
         videos = self.catalog.videos(plan["start"], plan["stop"])
-        for video, decoded in zip(videos, self.decoders.ahead(self._decode, videos), strict=True):
+        for video, decoded in zip(videos, self.decoders.ahead(self.decode, videos), strict=True):
             try:
                 clips = decoded.result()
                 before = time.monotonic()
-                rows += [self._encode(video, number, *clip) for number, clip in enumerate(clips)]
+                rows += [self.encode(video, number, *clip) for number, clip in enumerate(clips)]
                 encoding += time.monotonic() - before
             except BadVideo as error:
                 rejects.append(self._reject(video, error.reason, str(error)))
@@ -98,7 +99,7 @@ class PartMaker:
                 return storage.read(source) if video.size < 0 else storage.read_range(source, video.offset, video.size)
         raise BadVideo("missing", f"there is no {' or '.join(video.sources)}")
 
-    def _decode(self, video: Video) -> list[tuple[torch.Tensor, View, dict[str, float]]]:
+    def decode(self, video: Video) -> list[tuple[torch.Tensor, View, dict[str, float]]]:
         """Frames and scores of every view; the video's frames are decoded once for all views."""
         data = self._read(video)
         family, views = self.family, []
@@ -114,7 +115,7 @@ class PartMaker:
         known = {"hash": picture_hash(decoded.frames[0]), "fps": decoded.fps}
         return [(clip, view, asdict(clip_scores(clip)) | known) for clip, view in zip(clips, views, strict=True)]
 
-    def _encode(
+    def encode(
         self, video: Video, number: int, frames: torch.Tensor, view: View, scores: dict[str, float]
     ) -> dict[str, Any]:
         clip_id = f"{video.videoid}:{number}"

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import get_args
 
 from pydantic import BaseModel
@@ -12,9 +12,17 @@ from pipelines.errors import Unfinished, UserError
 
 
 def command(
-    name: str, about: str, sections: tuple[str, ...], run: Callable[[Config], None], file: str | None = None
+    name: str,
+    about: str,
+    sections: tuple[str, ...],
+    run: Callable[[Config], None],
+    file: str | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> None:
-    """Parse, check, run. Exit 2 for what the user must mend, 1 for what a further run may finish."""
+    """Parse, check, run. Exit 2 for what the user must mend, 1 for what a further run may finish.
+
+    `flags`: short for an override, such as {"--dry-run": "cache.dry_run=true"}.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{name}",
         description=about,
@@ -23,9 +31,11 @@ def command(
     )
     parser.add_argument("--config", metavar="FILE", default=file, help="YAML file, e.g. jobs/configs/paper.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="what to change in it")
+    for flag, override in (flags or {}).items():
+        parser.add_argument(flag, dest="flags", action="append_const", const=override, help=f"short for {override}")
     arguments = parser.parse_args()
     try:
-        config = load(arguments.config, arguments.overrides)
+        config = load(arguments.config, arguments.overrides + (getattr(arguments, "flags", None) or []))
         run(config)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)

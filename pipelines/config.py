@@ -160,6 +160,7 @@ class CacheConfig(Section):
     gpus: NonNegativeFloat = Field(0, description="GPUs of one encoding worker; 0: a CPU")
     snapshot: str | None = Field(None, description="which snapshot later jobs use; default: the latest")
     accept_transient: bool = Field(False, description="finish although some videos failed for passing reasons (I/O)")
+    dry_run: bool = Field(False, description="only say what would be done, its size, and how long a sample takes")
 
 
 Score = Literal["motion", "cut", "subject"]

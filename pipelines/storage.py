@@ -14,8 +14,9 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-# Seconds, not the seven minutes that botocore waits by default for an endpoint that accepts and never answers.
-S3_LIMITS = {"connect_timeout": 3, "read_timeout": 20, "retries": {"total_max_attempts": 3}}
+# Seconds, not the seven minutes that botocore waits by default for an endpoint that accepts and never answers. Between
+# attempts botocore waits, longer each time.
+S3_LIMITS = {"connect_timeout": 3, "read_timeout": 5, "retries": {"total_max_attempts": 3, "mode": "standard"}}
 
 
 def is_local(uri: str) -> bool:

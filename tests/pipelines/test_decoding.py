@@ -22,6 +22,8 @@ from pipelines.video import DECODERS, BadVideo, PyAVDecoder, fit
 LIMIT = 3.0  # seconds; a small video takes milliseconds
 WANTED = [3, 11, 19]
 
+pytestmark = pytest.mark.slow  # every child imports torch
+
 
 class Perilous(PyAVDecoder):
     """Does what the bytes say."""
@@ -300,7 +302,6 @@ def test_the_kernel_takes_the_decoder_before_its_parent(perilous):
     assert Path(f"/proc/{pid(perilous)}/oom_score_adj").read_text() == "1000\n"
 
 
-@pytest.mark.slow
 def test_a_ray_actor_has_its_own_process_that_ends_with_it():
     import ray
 
