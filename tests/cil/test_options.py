@@ -738,8 +738,7 @@ def test_the_encoders_identity_is_of_what_the_tokenizer_does_wherever_it_lies(na
     more.save_pretrained(tmp_path / "e")
     with pytest.raises(ValueError, match=f"515 words, and the text tower of {name}, tiny, knows 514"):
         identity(name, None, tokenizer=str(tmp_path / "e"))
-    (tmp_path / "b/vocab.json").write_text("{}")
-    (tmp_path / "b/tokenizer.json").unlink(missing_ok=True)
+    (tmp_path / "b/tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="not CLIP's tokenizer, or damaged"):
         identity(name, None, tokenizer=str(tmp_path / "b"))
     padding = byte_tokenizer()
