@@ -371,10 +371,12 @@ def check_names(found: Iterable[str], wanted: Iterable[str], what: str) -> None:
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """Of names, kinds, shapes and values, whatever file they are from."""
+    """Of names, kinds, shapes and values, whatever file they are from. Values that are not finite are refused."""
     whole = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} holds NaN or inf: a damaged file, or a training that failed")
         whole.update(repr((name, str(tensor.dtype), list(tensor.shape))).encode())
         whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()[:16]

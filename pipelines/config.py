@@ -83,12 +83,16 @@ class FamilyConfig(Section):
     name: Literal["toy", "dynamicrafter", "videocrafter1", "svd", "i2vgenxl"] = Field(
         "toy", description="which family of models"
     )
-    preset: str = Field("small", description="its size; every family has tiny, to try")
-    frames: PositiveInt | None = Field(None, description="frames of a clip; default: the preset's")
-    height: PositiveInt | None = Field(None, description="pixels; default: the preset's")
-    width: PositiveInt | None = Field(None, description="pixels; default: the preset's")
+    preset: Annotated[str, BeforeValidator(str)] = Field(
+        "small", description="its size: toy has tiny and small, the others tiny and those of docs/families.md"
+    )
+    frames: int | None = Field(None, description="frames of a clip; default: the preset's", ge=1, le=1024)
+    height: int | None = Field(None, description="pixels; default: the preset's", ge=1, le=4096)
+    width: int | None = Field(None, description="pixels; default: the preset's", ge=1, le=4096)
     weights: Uri | None = Field(None, description="what is published: a file, or a diffusers folder; none: random")
-    tokenizer: Uri | None = Field(None, description="folder with CLIP's vocab.json and merges.txt")
+    tokenizer: Uri | None = Field(
+        None, description="folder with CLIP's vocab.json and merges.txt; dynamicrafter and videocrafter1 need it"
+    )
     latents: Literal["mode", "sample", "mean_std"] = Field(
         "mode", description="of the VAE's posterior; mean_std: both are cached, and every training step samples"
     )
@@ -207,7 +211,7 @@ class RowConfig(Section):
     lr: PositiveFloat = Field(5e-4, description="peak learning rate of AdamW")
     warmup: int = Field(80, description="clips over which the learning rate rises; it falls as a cosine to 0", ge=0)
     clip_norm: PositiveFloat = Field(1.0, description="gradients are clipped to this norm")
-    ema: float = Field(0.95, description="decay a step of the averaged weights, which are what is exported", ge=0, lt=1)
+    ema: float = Field(0.95, description="decay a step of the averaged weights", ge=0, lt=1)
     drop: float = Field(0.0, description="share of samples trained without condition, for guidance", ge=0, le=1)
     where: Where = Field({}, description="train only on clips with scores in a range: {motion: [0.1, null]}")
     balance: Score | None = Field(None, description="a score of which clips of every size are seen equally often")
@@ -411,7 +415,9 @@ def _check(config: Config) -> None:
         if config.finetune.log_every % row.batch:
             raise UserError(f"finetune.log_every={config.finetune.log_every}: a multiple of {name}'s batch={row.batch}")
         before = list(rows)[: list(rows).index(name)]
-        if row.weights and row.weights not in before and "/" not in row.weights:
+        if row.weights == PUBLISHED and not config.family.weights:
+            raise UserError(f"finetune.rows.{name}.weights={PUBLISHED}: family.weights names none")
+        if row.weights and row.weights not in [*before, PUBLISHED] and "/" not in row.weights:
             named = ", ".join(before) or "none"
             raise UserError(
                 f"finetune.rows.{name}.weights={row.weights}: a row before it ({named}) or a URI (with a /)"

@@ -16,6 +16,8 @@ def family_of(config: Config) -> Family:
     with refusing_weights():
         for name in ("weights", "tokenizer"):
             if told[name]:
+                if not storage.exists(told[name]):
+                    raise UserError(f"family.{name}={told[name]}: there is nothing")
                 told[name] = str(storage.kept_copy(told[name]))
         return families.load(**told)
 

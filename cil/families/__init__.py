@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from cil.families.base import Family, Options
+from cil.families.base import Clip, Family, Options
 
 NAMES = ("toy", "dynamicrafter", "videocrafter1", "svd", "i2vgenxl")
 
@@ -24,4 +24,4 @@ def load(
     return family
 
 
-__all__ = ["NAMES", "Family", "Options", "load"]
+__all__ = ["NAMES", "Clip", "Family", "Options", "load"]

@@ -22,10 +22,19 @@ class CaptionedFamily(SDVAEFamily):
         """The folder of the tokenizer."""
         return self.options.tokenizer
 
+    @property
+    @abstractmethod
+    def words(self) -> int:
+        """That the text tower knows."""
+
     @cached_property
     def tokenizer(self) -> Any:
         own = self.preset == "tiny" and self.options.tokenizer is None
-        return byte_tokenizer() if own else clip_tokenizer(self.vocabulary)
+        tokenizer = byte_tokenizer() if own else clip_tokenizer(self.vocabulary)
+        if len(tokenizer) > self.words:
+            told = f"{len(tokenizer)} words, and the text tower of {self.name}, {self.preset}, knows {self.words}"
+            raise ValueError(f"tokenizer={self.vocabulary}: {told}")
+        return tokenizer
 
     @cached_property
     def encoder_identity(self) -> str:
@@ -63,12 +72,15 @@ def clip_tokenizer(folder: str | None) -> Any:
     from transformers import CLIPTokenizer
 
     if folder is None:
-        raise ValueError("tokenizer=None: a folder with CLIP's vocab.json and merges.txt")
+        raise ValueError("tokenizer=None: this needs one; name a folder with CLIP's vocab.json and merges.txt")
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no folder; expected one with CLIP's vocab.json and merges.txt")
     if not any(all(Path(folder, name).is_file() for name in kind) for kind in VOCABULARIES):
         raise ValueError(f"{folder}: no vocabulary; expected CLIP's vocab.json and merges.txt, or its tokenizer.json")
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises nothing more exact
+        raise ValueError(f"{folder}: not CLIP's tokenizer, or damaged ({' '.join(str(error).split())})") from None
 
 
 def byte_tokenizer() -> Any:

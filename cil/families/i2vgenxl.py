@@ -131,6 +131,11 @@ class I2VGenXL(CaptionedFamily):
     # -- frozen --------------------------------------------------------------------------------------------------------
 
     @property
+    def words(self) -> int:
+        words: int = self.networks["text_encoder"]["vocab_size"]
+        return words
+
+    @property
     def image_size(self) -> int:
         size: int = self.networks["image_encoder"]["image_size"]
         return size

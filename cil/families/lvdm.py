@@ -111,6 +111,10 @@ class LVDM(CaptionedFamily):
     # -- frozen --------------------------------------------------------------------------------------------------------
 
     @property
+    def words(self) -> int:
+        return self.networks.text.vocabulary
+
+    @property
     def image_size(self) -> int:
         return self.networks.image.size
 
@@ -176,9 +180,17 @@ class LVDM(CaptionedFamily):
 
     def _read(self, file: Path) -> dict[str, Tensor]:
         """Whole and nothing else, or refused before any of it is used."""
+        if file.is_dir():
+            file = file / f"{self.name}.ckpt"
+            if not file.is_file():
+                raise ValueError(f"{file.parent}: a folder; expected the .ckpt of {self.name}")
         state = renamed(read(file), FRAME_STRIDE)
         with naming(file):
             compare(self._expected, state, self.name)
+            rescale = float(state["scale_arr"][-1]) if "scale_arr" in state else 1.0
+            if abs(rescale - self.process.rescale) > 1e-3:
+                mine = f"the preset {self.preset} by {self.process.rescale:g}"
+                raise ValueError(f"trained with a dynamic rescale by {rescale:g}, and {mine}: of another preset")
         return state
 
     @cached_property
@@ -300,5 +312,5 @@ class LVDM(CaptionedFamily):
 
     def restore(self, path: Path, averaged: bool = True) -> dict[str, Tensor]:
         """These files hold one kind of weights."""
-        state = self._read(path / f"{self.name}.ckpt" if path.is_dir() else path)
+        state = self._read(path)
         return {name: tensor for name, tensor in state.items() if name.startswith((UNET, PROJECTOR))}

@@ -63,7 +63,7 @@ class SDVAEFamily(Family):
         for name, model in models.items():
             model.requires_grad_(False).eval()
             if model.dtype != self._precision(name):
-                model.to(self._precision(name))
+                nn.Module.to(model, self._precision(name))  # diffusers' own warns of what does not concern us
         return models
 
     def _precision(self, model: str) -> torch.dtype:

@@ -91,11 +91,7 @@ class SVD(SDVAEFamily):
         with torch.device("meta"):
             models = self._models()
         for part, model in zip(("vae", "image_encoder"), models.values(), strict=True):
-            folder = Path(self.options.weights, part)
-            if not folder.is_dir():
-                raise ValueError(
-                    f"{self.options.weights}: no folder {part} in it; expected a diffusers pipeline of SVD"
-                )
+            folder = _part(Path(self.options.weights), part)
             state = read(folder)
             with naming(folder):
                 load_into(with_positions(model), state, dtype=torch.float32, wanted=f"svd's {part}")
@@ -161,9 +157,17 @@ class SVD(SDVAEFamily):
 
     def restore(self, path: Path, averaged: bool = True) -> dict[str, Tensor]:
         """Of a pipeline's folder, of its UNet's, or of a `.ckpt` of the authors' fine-tuning."""
-        if path.is_dir():
-            path = path / "unet" if (path / "unet").is_dir() else path
+        if path.is_dir() and not (path / "config.json").is_file() and not list(path.glob("*.safetensors")):
+            path = _part(path, "unet")
         return self._checked(path, read_ema(path, or_raw=True) if averaged else read(path))
+
+
+def _part(pipeline: Path, name: str) -> Path:
+    folder = pipeline / name
+    if not folder.is_dir():
+        found = f"no folder {name} in it" if pipeline.is_dir() else "not a folder"
+        raise ValueError(f"{pipeline}: {found}; expected a diffusers pipeline of SVD, with unet, vae and image_encoder")
+    return folder
 
 
 build = SVD

@@ -233,3 +233,24 @@ def test_files_of_256x256_name_the_rate_a_frame_stride():
 def test_what_the_family_cannot_be_is_refused(arguments, said):
     with pytest.raises(ValueError, match=said):
         load("dynamicrafter", *arguments)
+
+
+def test_a_file_of_another_presets_process_is_refused(tmp_path):
+    family = load("dynamicrafter", 4, 32, 48, "tiny")
+    family.export(family.network(0).state_dict(), tmp_path)
+    state = read(tmp_path / "dynamicrafter.ckpt")
+    write_lvdm(tmp_path / "other.ckpt", state | {"scale_arr": state["scale_arr"].clamp_max(0.3)})
+    with pytest.raises(
+        ValueError, match=r"other.ckpt: trained with a dynamic rescale by 0.3, and the preset tiny by 0.7"
+    ):
+        family.restore(tmp_path / "other.ckpt")
+
+
+def test_a_folder_is_taken_for_the_file_in_it_or_refused(tmp_path):
+    family = load("videocrafter1", 4, 32, 48, "tiny")
+    family.export(family.network(1).state_dict(), tmp_path)
+    again = load("videocrafter1", 4, 32, 48, "tiny", weights=str(tmp_path))
+    assert torch.equal(*(net.network(1).state_dict()["image_proj_model.latents"] for net in (family, again)))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"none: a folder; expected the .ckpt of videocrafter1"):
+        family.restore(tmp_path / "none")

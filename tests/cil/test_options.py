@@ -730,10 +730,17 @@ def test_the_encoders_identity_is_of_what_the_tokenizer_does_wherever_it_lies(na
     own, same = identity(name, None), identity(name, None, tokenizer=str(tmp_path / "b"))
     assert identity(name, None, tokenizer=str(tmp_path / "a")) == same
     assert own == same  # tiny's own is the one that was saved
-    other = byte_tokenizer()
-    other.add_tokens(["dog"])
-    other.save_pretrained(tmp_path / "c")
+    words = byte_tokenizer().get_vocab()
+    type(byte_tokenizer())(vocab=words | {"d": words["o"], "o": words["d"]}, merges=[]).save_pretrained(tmp_path / "c")
     assert identity(name, None, tokenizer=str(tmp_path / "c")) != own
+    more = byte_tokenizer()
+    more.add_tokens(["dog"])
+    more.save_pretrained(tmp_path / "e")
+    with pytest.raises(ValueError, match=f"515 words, and the text tower of {name}, tiny, knows 514"):
+        identity(name, None, tokenizer=str(tmp_path / "e"))
+    (tmp_path / "b/tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="not CLIP's tokenizer, or damaged"):
+        identity(name, None, tokenizer=str(tmp_path / "b"))
     padding = byte_tokenizer()
     padding.pad_token = "!"
     padding.save_pretrained(tmp_path / "d")

@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cil import InitialNoise
+from cil.families import load
 from cil.recipes import CORRECTED
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
-def examples() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def examples(page: str = "README.md") -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
 def test_an_x_M_is_drawn_from_a_published_file_and_sampled_from(tmp_path, monkeypatch):
@@ -57,3 +59,23 @@ def test_timenoise_goes_into_a_training_loop_of_every_family(family):
     assert torch.equal(names["image"][:, 0], names["image"][:, -1])
     assert not torch.equal(names["image"][:, 0], latents[:, 0])
     assert (names["level"] > 0).all()
+
+
+def test_a_picture_becomes_a_video_as_the_page_of_families_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (60, 40), "navy").save("cat.png")
+    names = {"weights": None, "tokenizer": None}
+    exec(examples("docs/families.md")[0].replace('preset="512"', 'preset="tiny"').replace("steps=50", "steps=3"), names)
+    assert names["video"].shape == (1, 8, 32, 32, 3)
+
+
+def test_a_ckpt_of_an_export_is_made_as_the_page_of_families_says(tmp_path, monkeypatch):
+    family = load("svd")
+    weights = tmp_path / "outputs/study/weights/timenoise"
+    for kind in ("raw", "ema"):
+        family.export(family.network(len(kind + kind[:1])).state_dict(), weights / kind)
+    monkeypatch.chdir(tmp_path)
+    exec(examples("docs/families.md")[1].replace('preset="512"', 'preset="tiny"'), {})
+    for kind, averaged in (("raw", False), ("ema", True)):
+        ours, theirs = family.restore(Path("svd.ckpt"), averaged), family.restore(weights / kind)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

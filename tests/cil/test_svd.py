@@ -190,7 +190,7 @@ def test_a_ckpt_of_an_export_has_its_averages_where_diffusers_looks_for_them(fam
 
 
 def test_a_folder_that_lacks_a_part_or_has_another_is_refused_by_its_path(family, folder, tmp_path):
-    with pytest.raises(ValueError, match="a folder without weights"):
+    with pytest.raises(ValueError, match="no folder unet in it; expected a diffusers pipeline of SVD"):
         load("svd", 4, 32, 48, "tiny", weights=str(tmp_path)).network(0)
     write_diffusers(tmp_path / "unet", family.frozen["vae"].state_dict())
     with pytest.raises(ValueError, match=r"unet: not the weights of svd: .*looks like the VAE of svd"):
