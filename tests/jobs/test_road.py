@@ -193,7 +193,7 @@ def test_the_pixels_of_a_sample_do_not_depend_on_the_batch_it_is_in(road, smalle
     row = road.evaluation_rows()["naive-1"]
 
     def sample(chosen: list[int]) -> torch.Tensor:
-        return sampler.sample(row, reader.batch(chosen), [reader.ids[n] for n in chosen])
+        return sampler.sample(row, reader.batch(chosen), [reader.known(n)["clip_id"] for n in chosen])
 
     together, alone = sample(numbers[:4]), sample(numbers[2:3])
     torch.testing.assert_close(together[2], alone[0], rtol=0, atol=1e-4)  # float32 sums in another order
