@@ -164,8 +164,9 @@ def _planned(snapshot: Artifact, folder: str, catalog: Catalog, size: int) -> pa
     uri = snapshot.path(PLAN)
     if not storage.exists(uri):
         pointer = storage.join(folder, LATEST)
-        base = json.loads(storage.read(pointer))["snapshot"] if storage.exists(pointer) else None
-        before = _table(storage.join(folder, "snapshots", base, PLAN)) if base else None
+        base = json.loads(storage.read(pointer))["snapshot"] if storage.exists(pointer) else "none"
+        old = storage.join(folder, "snapshots", base, PLAN)  # which somebody may have removed
+        before = _table(old) if storage.exists(old) else None
         storage.write(uri, _ipc(plan_parts(hashes_of(catalog), before, size)))
     return _table(uri)
 
