@@ -20,7 +20,7 @@ def of(config: Config, count: int = 100, fps: float = 30.0, frames: int = 8, vid
 
 
 def assert_uniform(found: Counter, values) -> None:
-    """Each as often as the others: to 5 standard deviations of a count, which of a fair draw one test in 10^5 misses."""
+    """Each as often as the others: to 5 standard deviations of a count, which a fair draw keeps to."""
     values, total = list(values), sum(found.values())
     assert set(found) == set(values)
     share = 1 / len(values)
@@ -37,7 +37,7 @@ def test_a_clip_has_its_frames_a_stride_apart_and_inside_the_video(stride, frame
         assert view.stride == stride
         start = view.indices[0]
         assert view.indices == [start + i * stride for i in range(frames)]
-        assert 0 <= start
+        assert start >= 0
         assert view.indices[-1] < count
         starts.add(start)
     assert starts == set(range(count - (frames - 1) * stride))  # the last one that fits is among them
@@ -139,7 +139,10 @@ def test_a_view_is_a_function_of_seed_videoid_and_number_alone():
 
 @pytest.mark.parametrize("what", ["seed", "video", "number"])
 def test_another_seed_video_or_number_draws_everything_anew(what):
-    one, other = policy(*EVERYTHING, "cache.views_per_video=2"), policy(*EVERYTHING, "cache.views_per_video=2", "seed=1")
+    one, other = (
+        policy(*EVERYTHING, "cache.views_per_video=2"),
+        policy(*EVERYTHING, "cache.views_per_video=2", "seed=1"),
+    )
     pairs = []
     for i, video in enumerate(VIDEOS[:200]):
         first, second = views_of(one, video, 100, 30.0, 8)
