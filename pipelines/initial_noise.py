@@ -98,6 +98,8 @@ class MomentsMaker:
         self.cache = cache
 
     def __call__(self, plan: dict[str, Any]) -> tuple[bytes, str]:
+        if not plan["rows"]:
+            return Moments.zeros(self.shape).to_bytes(), ""
         table = opened(storage.join(self.cache, "parts", f"{plan['part']}.arrow")).read_all().take(plan["rows"])
         tensors = [
             torch.from_numpy(
