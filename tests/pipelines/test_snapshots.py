@@ -211,7 +211,7 @@ def test_a_clip_that_is_neither_made_nor_rejected_is_a_defect(built, settings, h
 
 
 def test_videos_that_fail_for_passing_reasons_keep_a_snapshot_unfinished_until_they_are_accepted(
-    tmp_path, settings, here, monkeypatch, ids
+    tmp_path, settings, here, monkeypatch, ids, cache
 ):
     from pipelines import clips
 
@@ -232,6 +232,8 @@ def test_videos_that_fail_for_passing_reasons_keep_a_snapshot_unfinished_until_t
     accepted = build_cache(settings(tmp_path, "cache.accept_transient=true"))
     assert len(here.made) == 1
     assert accepted.counts["clips"] == 24
+    assert accepted.manifest.fingerprint == cache.manifest.fingerprint
+    assert accepted.fingerprint != cache.fingerprint  # what is made of it must not pass for made of the whole
     assert [row["reason"] for row in storage.read_rows(f"{accepted.manifest.uri}/rejects.jsonl")].count("io") == 1
 
 
