@@ -47,6 +47,10 @@ class Objective:
     drops: Drops = field(default_factory=Drops)
     counted: Tensor | None = None  # [h, w], 1 where a latent counts in the loss and 0 where it does not; none: all
 
+    def __post_init__(self) -> None:
+        if self.counted is not None and not self.counted.any():
+            raise ValueError("counted: nothing is left")
+
     def __call__(self, family: Family, net: nn.Module, batch: Mapping[str, Tensor], draws: Draws) -> Losses:
         process = family.process
         x0 = batch["latents"].float()

@@ -178,7 +178,15 @@ def _planned(snapshot: Artifact, folder: str, catalog: Catalog, size: int) -> pa
     """Of every row of the catalog its hash and its part: written down when the work begins, then kept to."""
     uri = snapshot.path(PLAN)
     if not storage.exists(uri):
+<<<<<<< HEAD
         storage.write(uri, _ipc(plan_of(folder, catalog, size)))
+=======
+        pointer = storage.join(folder, LATEST)
+        base = json.loads(storage.read(pointer))["snapshot"] if storage.exists(pointer) else "none"
+        old = storage.join(folder, "snapshots", base, PLAN)  # which somebody may have removed
+        before = _table(old) if storage.exists(old) else None
+        storage.write(uri, _ipc(plan_parts(hashes_of(catalog), before, size)))
+>>>>>>> h4
     return _table(uri)
 
 
@@ -192,25 +200,36 @@ def plan_of(folder: str, catalog: Catalog, size: int) -> pa.Table:
 
 def plan_parts(hashes: np.ndarray, before: pa.Table | None, size: int) -> pa.Table:
     """Parts of an earlier plan stay as they are if all their videos are wanted still; other videos form new ones."""
+    hashes = _told_apart(hashes)
     part = np.full(len(hashes), -1, np.int32)
     names: list[str] = []
-    if before is not None:
-        old_hash, old_part = before["hash"].to_numpy(), before["part"].to_numpy()
+    if before is not None and len(before):
+        old_names, old_hash, old_part = part_names(before), before["hash"].to_numpy(), before["part"].to_numpy()
         lost = np.unique(old_part[~np.isin(old_hash, hashes)])
-        kept = np.setdiff1d(np.arange(len(part_names(before)), dtype=np.int32), lost)
-        number = np.full(len(part_names(before)), -1, np.int32)
+        kept = np.setdiff1d(np.arange(len(old_names), dtype=np.int32), lost)
+        number = np.full(len(old_names), -1, np.int32)
         number[kept] = np.arange(len(kept))
         order = np.argsort(old_hash, kind="stable")
         at = np.clip(np.searchsorted(old_hash[order], hashes), 0, len(order) - 1)
         found = old_hash[order][at] == hashes
         part[found] = number[old_part[order][at]][found]
-        names = [part_names(before)[i] for i in kept]
+        names = [old_names[i] for i in kept]
     new = np.flatnonzero(part < 0)
     for begin in range(0, len(new), size):
         rows = new[begin : begin + size]
         part[rows] = len(names)
         names.append("part-" + hashlib.sha256(np.sort(hashes[rows]).tobytes()).hexdigest()[:16])
     return pa.table({"hash": hashes, "part": part}).replace_schema_metadata({"names": json.dumps(names)})
+
+
+def _told_apart(hashes: np.ndarray) -> np.ndarray:
+    """The second row with a hash, the third, ... get others: each row of a plan is in one part, duplicates too."""
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    first = np.maximum.accumulate(np.where(ordered == np.roll(ordered, 1), 0, np.arange(len(hashes))))
+    apart = np.empty_like(hashes)
+    apart[order] = ordered + (np.arange(len(hashes)) - first).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return apart
 
 
 def part_names(plan: pa.Table) -> list[str]:

@@ -70,7 +70,7 @@ def contact_sheet(config: Config, cache: Cache) -> bytes:
     """Rows of decoded latents, and E[X0] of some parts as the decoder sees it."""
     family, reader = family_of(config), ClipReader(cache, None)
     numbers = [int(i) for i in np.linspace(0, len(reader) - 1, min(SHOWN, len(reader)))]
-    latents = reader.batch(numbers)["latents"].float()
+    latents = reader.batch(numbers)["latents"].float() if numbers else torch.empty(0, *family.latent_shape)
     some = [cache.path(part["name"], "moments") for part in cache.parts[:LOOKED_AT]]
     mean = Moments.merged(Moments.from_bytes(storage.read(uri)) for uri in some).mean.float()
     times = [0, family.frames // 2, family.frames - 1]
@@ -102,7 +102,7 @@ def verify(config: Config, cache: Cache) -> None:
                 damaged.append(f"{cache.path(part['name'], 'moments')} is not of its clips")
         progress.advance(part["bytes"])
     if damaged:
-        mend = "remove those parts' three files and the snapshots that cite them, and run jobs.build_cache again"
+        mend = "remove those parts' three files and manifest.json of this snapshot, and run jobs.build_cache again"
         raise Unfinished(
             f"{len(damaged)} of {2 * len(cache.parts)} files are damaged: {'; '.join(damaged[:10])}. {mend}"
         )
@@ -115,8 +115,11 @@ def snapshots(folder: str) -> list[str]:
 
 
 def orphans(folder: str) -> list[str]:
-    """Files of parts that no snapshot cites, finished or begun."""
-    plans = (storage.join(folder, "snapshots", name, PLAN) for name in snapshots(folder))
+    """Files of parts that no snapshot cites, finished or begun, and what writers left that were killed."""
+    homes = [storage.join(folder, "snapshots", name) for name in snapshots(folder)]
+    plans = (storage.join(home, PLAN) for home in homes)
     cited = {name for uri in plans if storage.exists(uri) for name in part_names(opened(uri).read_all())}
+    if not all(storage.exists(storage.join(home, "manifest.json")) for home in homes):
+        cited.add("")  # .unfinished-*: a builder may be at work
     parts = storage.join(folder, "parts")
     return [storage.join(parts, name) for name in sorted(storage.names(parts)) if name.split(".")[0] not in cited]

@@ -19,7 +19,6 @@ from torch import nn
 from cil import CleanCondition, ConstantNoise, Draws, Drops, Objective, TimeNoise, diagnose
 from cil.conditioning import ConditioningNoise
 from cil.families import Family
-from cil.moments import outside
 from cil.objectives import Losses
 from pipelines import cluster, storage
 from pipelines.artifact import Artifact, Identity, Manifest
@@ -27,7 +26,7 @@ from pipelines.cache import Cache, read_cache, refuse_other_encoder
 from pipelines.config import ConditioningConfig, Config, RowConfig, TrainingRow
 from pipelines.curve import Curve
 from pipelines.errors import Unfinished, UserError
-from pipelines.models import family_of
+from pipelines.models import counted_of, family_of
 from pipelines.progress import Progress
 from pipelines.reader import BalancedOrder, ClipReader, SampleOrder, lanes
 from pipelines.tracking import Run, refuse_unreachable, store_uri
@@ -44,6 +43,8 @@ def finetune(config: Config) -> dict[str, Manifest]:
         made[name] = plan_weights(config, family, name, row, cache, made)
         if not len(ClipReader(cache, "train", row.settings.where)):
             raise UserError(f"finetune.rows.{name}: no training clip in {cache.uri} has {row.settings.where}")
+        if row.settings.unmarked:
+            counted_of(config, family)
     missing = [name for name in rows if not made[name].finished]
     if not missing:
         print(f"weights: {', '.join(rows)} are finished; nothing to do")
@@ -128,8 +129,7 @@ class RowTrainer:
         self.family = family_of(config)
         self.clips = ClipReader(cache, "train", self.row.where)
         self.order = order_of(self.clips, self.row, self.seed)
-        marked = config.cache.watermark if self.row.unmarked else []
-        counted = outside(marked, *self.family.latent_shape[2:]) if marked else None
+        counted = counted_of(config, self.family) if self.row.unmarked else None
         noise = conditioning_noise(self.row.conditioning, self.family)
         self.objective = Objective(noise, Drops(both=self.row.drop), counted)
         self.samples = 0  # seen so far, which is also the position in the stream

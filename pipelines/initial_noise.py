@@ -14,14 +14,19 @@ import torch
 
 from cil import InitialNoise
 from cil.initial_noise import Layout
-from cil.moments import Moments, outside
+from cil.moments import Moments
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import AT_ONCE, Cache, opened, read_cache
 from pipelines.config import Config
 from pipelines.errors import UserError
+<<<<<<< HEAD
 from pipelines.models import family_of, refuse_other_family
 from pipelines.parts import Made, Part, make_parts
+=======
+from pipelines.models import counted_of, family_of, refuse_other_family
+from pipelines.parts import Part, make_parts
+>>>>>>> h4
 from pipelines.reader import selected
 
 KIND = "initial noise"
@@ -48,11 +53,11 @@ def make_initial_noise(config: Config) -> Manifest:
     if clips < 2:
         asked = f" with scores in {config.initial_noise.where}" if config.initial_noise.where else ""
         raise UserError(f"the cache at {cache.uri} has {clips} training clips{asked}: a variance needs at least 2")
+    counted = counted_of(config, family)
     noise.begin(config.model_dump_json(indent=1))
     groups = _groups(config, cache, noise, index, chosen)
     if sum(group.count for group in groups) != clips:
         raise AssertionError(f"{noise.uri}: {clips} training clips, but moments of {sum(g.count for g in groups)}")
-    counted = outside(config.cache.watermark, *family.latent_shape[2:])
     facts = {"family": family.name, "scaling_factor": str(family.scaling_factor), "cache": cache.fingerprint}
     initial = InitialNoise.from_moments(*groups, counted=counted, **facts)
     storage.write(noise.path(FILE), initial.to_bytes())
@@ -97,7 +102,13 @@ class MomentsMaker:
         self.shape = family_of(Config.model_validate(config)).latent_shape
         self.cache = cache
 
+<<<<<<< HEAD
     def __call__(self, plan: dict[str, Any]) -> Made:
+=======
+    def __call__(self, plan: dict[str, Any]) -> tuple[bytes, str]:
+        if not plan["rows"]:
+            return Moments.zeros(self.shape).to_bytes(), ""
+>>>>>>> h4
         table = opened(storage.join(self.cache, "parts", f"{plan['part']}.arrow")).read_all().take(plan["rows"])
         tensors = [
             torch.from_numpy(

@@ -4,8 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from cil import families
 from cil.families import Family
+from cil.moments import outside
 from pipelines import storage
 from pipelines.config import Config
 from pipelines.errors import UserError
@@ -39,6 +42,16 @@ def encoder_of(family: Family) -> str:
 
 def shape_of(family: Family) -> dict[str, Any]:
     return {"name": family.name, "frames": family.frames, "height": family.height, "width": family.width}
+
+
+def counted_of(config: Config, family: Family) -> Tensor:
+    """[h, w], true where a latent is outside of cache.watermark."""
+    height, width = family.latent_shape[2:]
+    counted = outside(config.cache.watermark, height, width)
+    if not counted.any():
+        regions = [list(region) for region in config.cache.watermark]
+        raise UserError(f"cache.watermark={regions}: touches each of the {height} x {width} latents, and none is left")
+    return counted
 
 
 def encoding_code(family: Family) -> tuple[str, ...]:

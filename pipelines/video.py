@@ -30,10 +30,10 @@ Reason = Literal[
     "hung",  # decoding took longer than the limit
     "decoder_died",  # decoding crashed its process, or took more memory than there is
     "too_short",  # fewer frames than a clip spans
-    "not_finite",
-    "no_frame_rate",
-    "ragged_row",
-    "damaged_tar",  # the encoder gave NaN or inf
+    "not_finite",  # the encoder gave NaN or inf
+    "no_frame_rate",  # unknown, and cache.fps asks for one
+    "ragged_row",  # the csv's row has more or fewer fields than its header
+    "damaged_tar",  # the tar is empty, damaged or cut off there
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
 

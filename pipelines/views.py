@@ -35,7 +35,7 @@ def views_of(config: Config, videoid: str, count: int, fps: float, frames: int) 
 def _stride(policy: CacheConfig, u: float, count: int, fps: float, frames: int) -> int:
     """The one nearest to the frame rate that is asked for, or one of a range, as far as the video has frames for it."""
     if policy.fps is not None:
-        if not fps > 0:
+        if not 0 < fps < float("inf"):
             raise BadVideo("no_frame_rate", "its frame rate is unknown, and cache.fps asks for one")
         least = most = max(round(fps / policy.fps), 1)
     else:

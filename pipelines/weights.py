@@ -41,6 +41,7 @@ def plan_weights(
         "family": shape_of(family) | {"preset": family.preset},
         "token_noise": family.options.token_noise,
         "row": row.shaping(family.timenoise),
+        "watermark": config.cache.watermark if row.settings.unmarked else [],
         "parent": parent,
         "cache": cached.fingerprint,
         "code": artifact.code(*CODE, *family_code(family)),
