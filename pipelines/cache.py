@@ -178,23 +178,16 @@ def _planned(snapshot: Artifact, folder: str, catalog: Catalog, size: int) -> pa
     """Of every row of the catalog its hash and its part: written down when the work begins, then kept to."""
     uri = snapshot.path(PLAN)
     if not storage.exists(uri):
-<<<<<<< HEAD
         storage.write(uri, _ipc(plan_of(folder, catalog, size)))
-=======
-        pointer = storage.join(folder, LATEST)
-        base = json.loads(storage.read(pointer))["snapshot"] if storage.exists(pointer) else "none"
-        old = storage.join(folder, "snapshots", base, PLAN)  # which somebody may have removed
-        before = _table(old) if storage.exists(old) else None
-        storage.write(uri, _ipc(plan_parts(hashes_of(catalog), before, size)))
->>>>>>> h4
     return _table(uri)
 
 
 def plan_of(folder: str, catalog: Catalog, size: int) -> pa.Table:
     """Beginning with the parts of the latest snapshot."""
     pointer = storage.join(folder, LATEST)
-    base = json.loads(storage.read(pointer))["snapshot"] if storage.exists(pointer) else None
-    before = _table(storage.join(folder, "snapshots", base, PLAN)) if base else None
+    base = json.loads(storage.read(pointer))["snapshot"] if storage.exists(pointer) else "none"
+    old = storage.join(folder, "snapshots", base, PLAN)  # which somebody may have removed
+    before = _table(old) if storage.exists(old) else None
     return plan_parts(hashes_of(catalog), before, size)
 
 

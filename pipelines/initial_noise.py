@@ -20,13 +20,8 @@ from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import AT_ONCE, Cache, opened, read_cache
 from pipelines.config import Config
 from pipelines.errors import UserError
-<<<<<<< HEAD
-from pipelines.models import family_of, refuse_other_family
-from pipelines.parts import Made, Part, make_parts
-=======
 from pipelines.models import counted_of, family_of, refuse_other_family
-from pipelines.parts import Part, make_parts
->>>>>>> h4
+from pipelines.parts import Made, Part, make_parts
 from pipelines.reader import selected
 
 KIND = "initial noise"
@@ -102,13 +97,9 @@ class MomentsMaker:
         self.shape = family_of(Config.model_validate(config)).latent_shape
         self.cache = cache
 
-<<<<<<< HEAD
     def __call__(self, plan: dict[str, Any]) -> Made:
-=======
-    def __call__(self, plan: dict[str, Any]) -> tuple[bytes, str]:
         if not plan["rows"]:
-            return Moments.zeros(self.shape).to_bytes(), ""
->>>>>>> h4
+            return Made(Moments.zeros(self.shape).to_bytes())
         table = opened(storage.join(self.cache, "parts", f"{plan['part']}.arrow")).read_all().take(plan["rows"])
         tensors = [
             torch.from_numpy(

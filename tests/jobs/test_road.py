@@ -221,7 +221,9 @@ def test_every_setting_of_a_row_reaches_its_samples(road, smallest, override):
     def sample(config) -> torch.Tensor:
         sampler = generate.Sampler(config.model_dump())
         reader = sampler.readers[generate.REAL]
-        return sampler.sample(config.evaluation_rows()["naive-1"], reader.batch([0, 1]), [reader.known(n)["clip_id"] for n in (0, 1)])
+        return sampler.sample(
+            config.evaluation_rows()["naive-1"], reader.batch([0, 1]), [reader.known(n)["clip_id"] for n in (0, 1)]
+        )
 
     assert (sample(road) - sample(smallest(road.out, f"generate.{override}"))).abs().max() > 1e-3
 

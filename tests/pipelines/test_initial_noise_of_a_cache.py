@@ -142,7 +142,7 @@ def test_moments_made_again_have_the_bytes_of_those_that_the_part_was_made_with(
     index = opened(cache.index).read_all().to_pandas()
     for number, part in enumerate(cache.parts):
         mine = index[(index["part"] == number) & (index["drawn_split"] == "train")]["row"]
-        data, problem = maker({"part": part["name"], "rows": sorted(mine)})
+        data, problem, _ = maker({"part": part["name"], "rows": sorted(mine)})
         assert not problem
         assert data == storage.read(cache.path(part["name"], "moments")), number
     some = Moments.from_bytes(maker({"part": cache.parts[0]["name"], "rows": [1, 4]})[0])
