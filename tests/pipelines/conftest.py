@@ -1,20 +1,16 @@
 """A small cache with everything in it, made in this process without Ray."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import DecodeHere, Here
 
-from pipelines import storage
 from pipelines.cache import Cache, build_cache
 from pipelines.config import Config, load
-from pipelines.decoding import Decoded
-from pipelines.parts import _PartWriter
-from pipelines.video import encode, fit
+from pipelines.video import encode
 from pipelines.views import split_of
 
 SETTINGS = (
@@ -43,44 +39,6 @@ VIDEOS = {
     "f1": ("train", "text"),
 }
 LONGER = {"g0": ("train", ""), "g1": ("test", "")}
-
-
-class Here:
-    """Takes the place of Ray: makes the parts that are asked for in this process."""
-
-    def __init__(self) -> None:
-        self.made: list[str] = []  # names of files
-
-    def make_parts(self, label, unit, parts, maker, arguments, gpus=0) -> list[str]:
-        missing = [part for part in parts if not storage.exists(part.uri)]
-        if not missing:
-            return []
-        writer, problems = _PartWriter(maker, arguments), []
-        for part in missing:
-            self.made.append(part.uri.rsplit("/", 1)[1])
-            problems.append(writer(asdict(part))["problem"])
-        return [problem for problem in problems if problem]
-
-
-class DecodeHere:
-    """Takes the place of DecodePool: no process is started."""
-
-    def __init__(self, decoder, seconds, processes) -> None:
-        self._decoder = decoder
-
-    def __call__(self, data, wanted, height, width, crop) -> Decoded:
-        video = self._decoder(data)
-        indices = list(wanted(video.count, video.fps))
-        return Decoded(fit(video.frames(indices), height, width, crop), indices, video.count, video.fps)
-
-    def ahead(self, function, items) -> Iterator[Future]:
-        for item in items:
-            future = Future()
-            try:
-                future.set_result(function(item))
-            except Exception as error:
-                future.set_exception(error)
-            yield future
 
 
 @pytest.fixture
