@@ -56,7 +56,8 @@ class Here:
         writer, problems = _PartWriter(maker, arguments), []
         for part in missing:
             self.made.append(part.uri.rsplit("/", 1)[1])
-            problems.append(writer(asdict(part))["problem"])
+            row = writer(asdict(part))
+            problems.append(row["problem"] or row["failed"])
         return [problem for problem in problems if problem]
 
 
