@@ -49,7 +49,7 @@ class Here:
     def __init__(self) -> None:
         self.made: list[str] = []  # names of files
 
-    def make_parts(self, label, unit, parts, maker, arguments, gpus=0) -> list[str]:
+    def make_parts(self, label, unit, parts, maker, arguments, gpus=0, note=None) -> list[str]:
         missing = [part for part in parts if not storage.exists(part.uri)]
         if not missing:
             return []
