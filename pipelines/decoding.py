@@ -40,6 +40,8 @@ from pipelines.video import BadVideo, Crop, Decoder, fit
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+STARTS = 3  # of a process that is killed while it starts
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -176,17 +178,19 @@ class _Child:
         self._started = False
 
     def _await_start(self) -> None:
-        if self._started:
-            return
-        try:
-            self._pipe.send((self._decoder, self._seconds))
-            self._pipe.recv()
-        except (EOFError, OSError):
-            code = self._process.wait()
-            self.stop()
-            self._start()
-            raise RuntimeError(f"a process to decode videos cannot start: exit code {code}, see its output") from None
-        self._started = True
+        killed = 0
+        while not self._started:
+            try:
+                self._pipe.send((self._decoder, self._seconds))
+                self._pipe.recv()
+                self._started = True
+            except (EOFError, OSError):
+                code = self._process.wait()
+                self._restart()
+                killed += code == -signal.SIGKILL  # that was not its own doing
+                if code != -signal.SIGKILL or killed == STARTS:
+                    how = f"{_said(code)}, see its output"
+                    raise RuntimeError(f"a process to decode videos cannot start: {how}") from None
 
     def _ask(self, *question: Any) -> Any:
         try:

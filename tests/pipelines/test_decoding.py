@@ -199,6 +199,15 @@ def test_a_video_whose_process_is_killed_twice_costs_only_its_own_row(perilous):
     assert torch.equal(decode(perilous), RIGHT)
 
 
+def test_a_process_killed_while_it_starts_costs_no_row():
+    with DecodePool(Perilous, LIMIT) as pool:
+        os.kill(pid(pool), signal.SIGSTOP)
+        killer = threading.Timer(0.3, os.kill, (pid(pool), signal.SIGKILL))  # while decode() waits for it
+        killer.start()
+        assert torch.equal(decode(pool), RIGHT)
+        killer.join()
+
+
 def test_a_process_killed_between_two_videos_costs_no_row(perilous):
     decode(perilous)
     process = perilous._children[0]._process
