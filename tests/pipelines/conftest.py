@@ -1,7 +1,8 @@
 """A small cache with everything in it, made in this process without Ray."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 from pipelines import storage
 from pipelines.cache import Cache, build_cache
 from pipelines.config import Config, load
+from pipelines.decoding import Decoded
 from pipelines.parts import _PartWriter
-from pipelines.video import encode
+from pipelines.video import encode, fit
 from pipelines.views import split_of
 
 SETTINGS = (
@@ -61,6 +63,27 @@ class Here:
         return [problem for problem in problems if problem]
 
 
+class DecodeHere:
+    """Takes the place of DecodePool: no process is started."""
+
+    def __init__(self, decoder, seconds, processes) -> None:
+        self._decoder = decoder
+
+    def __call__(self, data, wanted, height, width, crop) -> Decoded:
+        video = self._decoder(data)
+        indices = list(wanted(video.count, video.fps))
+        return Decoded(fit(video.frames(indices), height, width, crop), indices, video.count, video.fps)
+
+    def ahead(self, function, items) -> Iterator[Future]:
+        for item in items:
+            future = Future()
+            try:
+                future.set_result(function(item))
+            except Exception as error:
+                future.set_exception(error)
+            yield future
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Here:
     return _instead_of_ray(monkeypatch)
@@ -68,6 +91,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Here:
 
 def _instead_of_ray(monkeypatch: pytest.MonkeyPatch) -> Here:
     ours = Here()
+    monkeypatch.setattr("pipelines.clips.DecodePool", DecodeHere)
     monkeypatch.setattr("ray.put", lambda value: value)
     monkeypatch.setattr("pipelines.cluster.connect", lambda: None)
     for module in ("cache", "initial_noise"):
