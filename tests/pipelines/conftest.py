@@ -69,6 +69,12 @@ class DecodeHere:
     def __init__(self, decoder, seconds, processes) -> None:
         self._decoder = decoder
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
     def __call__(self, data, wanted, height, width, crop) -> Decoded:
         video = self._decoder(data)
         indices = list(wanted(video.count, video.fps))
