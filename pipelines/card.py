@@ -27,6 +27,8 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 def show_cache(config: Config) -> None:
     cache = read_cache(config)
     print(card(cache))
+    if config.show_cache.verify:
+        verify(config, cache)  # first: pictures of damaged parts cannot be made
     sheet = storage.join(config.out, "cache_card.png")
     storage.write(sheet, contact_sheet(config, cache))
     print(f"\npictures: {sheet} (the first, middle and last frame of clips as they come back, and last E[X0])")
@@ -38,8 +40,6 @@ def show_cache(config: Config) -> None:
             print(f"removed: {size}")
         else:
             print(f"not needed: {size}; show_cache.sweep=true removes them")
-    if config.show_cache.verify:
-        verify(config, cache)
 
 
 def card(cache: Cache) -> str:

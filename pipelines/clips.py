@@ -81,10 +81,10 @@ class PartMaker:
             except BadVideo as error:
                 rejects.append(self._reject(video, error.reason, str(error)))
             except OSError as error:
-                rejects.append(self._reject(video, "io", f"{type(error).__name__}: {error}"))
-        transient = [reject for reject in rejects if reject["reason"] == "io"]
-        if transient and not self.config.cache.accept_transient:
-            return Made(None, f"{transient[0]['videoid']}: {transient[0]['message']}")
+                problem = " ".join(f"{type(error).__name__}: {error}".split())
+                if not self.config.cache.accept_transient:  # there will be no part
+                    return Made(None, f"{video.videoid}: {problem[:500]}")
+                rejects.append(self._reject(video, "io", problem))
         index, size = self._write(plan["name"], rows, rejects)
         told = {"rejected": len(rejects), "bytes": size, "encoding": encoding, "seconds": time.monotonic() - begin}
         return Made(index, told=told)
@@ -100,10 +100,11 @@ class PartMaker:
     def decode(self, video: Video) -> list[tuple[torch.Tensor, View, dict[str, float]]]:
         """Frames and scores of every view; the video's frames are decoded once for all views."""
         data = self._read(video)
-        family, views = self.family, []
+        family = self.family
+        views: list[View] = []
 
         def wanted(count: int, fps: float) -> list[int]:
-            views.extend(views_of(self.config, video.videoid, count, fps, family.frames))
+            views[:] = views_of(self.config, video.videoid, count, fps, family.frames)  # the last call counts
             return sorted({0, *(i for view in views for i in view.indices)})
 
         decoded = self.decoders(data, wanted, family.height, family.width, self.config.cache.crop)

@@ -6,8 +6,10 @@
             clip = future.result()  # while the next videos are read and decoded
 
 `wanted(count, fps)` answers the indices of frames. It runs in the caller, may be a closure and may raise BadVideo.
-Opening or decoding that takes longer than `seconds` is killed (BadVideo "hung"), a process that dies is told (BadVideo
-"decoder_died"), and the next video gets a new one. Whatever else a decoder raises is raised in the caller.
+Opening or decoding that takes longer than `seconds` is killed (BadVideo "hung"). A process that dies may have been
+killed for what others did, as where memory runs out: a new one tries the video once more, `wanted` is called again, and
+if that dies too, it is the video's fault (BadVideo "decoder_died"). Whatever else a decoder raises is raised in the
+caller.
 
 Nothing can be left behind: what is shared is a file in memory that has no name, an idle process ends when its parent
 does, and one that hangs has the kernel's alarm set.
@@ -37,6 +39,8 @@ from pipelines.video import BadVideo, Crop, Decoder, fit
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+STARTS = 3  # of a process that is killed while it starts
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,10 @@ class DecodePool:
         self.close()
 
 
+class _Died(Exception):
+    """A process died while it decoded."""
+
+
 class _Child:
     """One process and the end of a pipe to it. Messages are small, so no send can block; bytes go through `_memory`."""
 
@@ -121,6 +129,23 @@ class _Child:
             raise RuntimeError("this DecodePool is closed")
         if self._process.poll() is not None:  # killed between two videos: no fault of this one
             self._restart()
+        try:
+            return self._attempt(data, wanted, height, width, crop)
+        except _Died as first:
+            try:
+                return self._attempt(data, wanted, height, width, crop)
+            except _Died as second:
+                message = f"the process that decoded it died: {first}; so did another one: {second}"
+                raise BadVideo("decoder_died", message) from None
+
+    def _attempt(
+        self,
+        data: bytes,
+        wanted: Callable[[int, float], Sequence[int]],
+        height: int,
+        width: int,
+        crop: Crop | None,
+    ) -> Decoded:
         self._await_start()
         _write(self._memory.fileno(), data)
         count, fps = self._ask("open", len(data))
@@ -153,17 +178,19 @@ class _Child:
         self._started = False
 
     def _await_start(self) -> None:
-        if self._started:
-            return
-        try:
-            self._pipe.send((self._decoder, self._seconds))
-            self._pipe.recv()
-        except (EOFError, OSError):
-            code = self._process.wait()
-            self.stop()
-            self._start()
-            raise RuntimeError(f"a process to decode videos cannot start: exit code {code}, see its output") from None
-        self._started = True
+        killed = 0
+        while not self._started:
+            try:
+                self._pipe.send((self._decoder, self._seconds))
+                self._pipe.recv()
+                self._started = True
+            except (EOFError, OSError):
+                code = self._process.wait()
+                self._restart()
+                killed += code == -signal.SIGKILL  # that was not its own doing
+                if code != -signal.SIGKILL or killed == STARTS:
+                    how = f"{_said(code)}, see its output"
+                    raise RuntimeError(f"a process to decode videos cannot start: {how}") from None
 
     def _ask(self, *question: Any) -> Any:
         try:
@@ -172,7 +199,7 @@ class _Child:
         except (EOFError, OSError):
             how = _said(self._process.wait())
             self._restart()
-            raise BadVideo("decoder_died", f"the process that decoded it died: {how}") from None
+            raise _Died(how) from None
         except BaseException:  # an interrupt: what would be answered belongs to nobody
             self._restart()
             raise

@@ -54,16 +54,21 @@ def _sampled(config: Config, catalog: Catalog, rows: np.ndarray) -> tuple[float,
     torch.set_num_threads(1)
     chosen = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).astype(int)]
     maker = PartMaker(config.model_dump(), "", catalog)
+    with maker.decoders:
+        return _timed(maker, catalog, [chosen[0], *chosen])  # the first one again, for what is loaded once
+
+
+def _timed(maker: PartMaker, catalog: Catalog, rows: list[int]) -> tuple[float, float, int, int]:
     seconds, encoding, made, rejected = 0.0, 0.0, 0, 0
-    for i, row in enumerate([chosen[0], *chosen]):  # the first one again, for what is loaded once
-        begin = before = time.perf_counter()
+    for i, row in enumerate(rows):
+        begin = time.perf_counter()
         (video,) = catalog.videos(int(row), int(row) + 1)
         try:
             clips = maker.decode(video)
             before = time.perf_counter()
             done = len([maker.encode(video, number, *clip) for number, clip in enumerate(clips)])
         except (BadVideo, OSError):
-            done = 0
+            before, done = time.perf_counter(), 0
         if i:
             seconds += time.perf_counter() - begin
             encoding += time.perf_counter() - before

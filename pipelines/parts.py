@@ -1,18 +1,25 @@
 """An artifact made in parts over Ray Data: each part a file, whole or absent, whose content is a function of the plan.
 
 What a killed run left is found by its name; only the parts that are missing are made. A part that two workers make at
-once has the same bytes, so nobody needs a lock.
+once has the same bytes, so nobody needs a lock: each run has an order of its own, and passes over what others made.
 """
 
+import errno
 import json
 import posixpath
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 from pipelines import cluster, storage
+from pipelines.errors import Unfinished
 from pipelines.progress import Progress
+
+# What no other part would fare better with: a disk that is full, rights that are missing, a bucket that is not there.
+LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+IN_A_ROW = 8  # parts that fail one after the other, beside one of each worker: more are no accident
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ def make_parts(
 ) -> list[str]:
     """Have every part made that is not there yet. Answers what the makers said of parts that they could not make.
 
-    A worker has a CPU, and `gpus` of a GPU. `note` words the sums of what they tell.
+    A worker has a CPU, and `gpus` of a GPU. `note` words the sums of what they tell. Files that cannot be read or
+    written are Unfinished: at once where that lasts, else when all others are made or part after part has failed.
     """
     import ray
 
@@ -60,19 +68,35 @@ def make_parts(
         print(f"{label}: {done} of {total} {unit} are there already", flush=True)
     progress = Progress(label, unit, total, done)
     cluster.connect()
+    random.shuffle(missing)
+    workers = min(cluster.workers(gpus), len(missing))
     made = ray.data.from_items([asdict(part) for part in missing], override_num_blocks=len(missing)).map(
         _PartWriter,  # type: ignore[arg-type]  # Ray takes a class as well
         fn_constructor_args=(maker, arguments),
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.workers(gpus), len(missing))),
+        compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=1,
         num_gpus=gpus or None,
     )
-    problems, told = [], Counter[str]()
+    problems: list[str] = []
+    failed: list[str] = []
+    told, in_a_row = Counter[str](), 0
     for row in made.iter_rows():
-        if row["problem"]:
-            problems.append(row["problem"])
+        if problem := row["problem"] or row["failed"]:
+            if not problems + failed:
+                print(f"{label}: {problem}; tried again by the next run", flush=True)
+            (failed if row["failed"] else problems).append(problem)
+            in_a_row += 1
+            if row["lasting"]:
+                raise Unfinished(f"{label} stopped: {problem}. What is made stays; the same command goes on from there")
+            if in_a_row > workers + IN_A_ROW:
+                print(f"{label}: stops, as {in_a_row} parts in a row could not be made", flush=True)
+                break
+            continue
+        in_a_row = 0
         told.update(json.loads(row["told"]))
         progress.advance(row["size"], note(told))
+    if failed:
+        raise Unfinished(f"{label}: {len(failed)} parts are missing ({failed[0]}). Run the same command again")
     return problems
 
 
@@ -81,10 +105,17 @@ class _PartWriter:
         self._make = maker(**arguments)
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
-        made = self._make(part["plan"])
-        if made.data is not None:
-            storage.write(part["uri"], made.data)
-        return {"size": part["size"], "problem": made.problem, "told": json.dumps(made.told)}
+        made, failed, lasting = Made(None), "", False
+        try:
+            if not storage.exists(part["uri"]):  # of another run by now
+                made = self._make(part["plan"])
+            if made.data is not None:
+                storage.write(part["uri"], made.data)
+        except OSError as error:
+            failed = " ".join(f"{part['uri']}: {error}".split())
+            lasting = error.errno in LASTING or isinstance(error, PermissionError | FileNotFoundError)
+        told = json.dumps(made.told)
+        return {"size": part["size"], "problem": made.problem, "failed": failed, "lasting": lasting, "told": told}
 
 
 def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

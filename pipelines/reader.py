@@ -85,10 +85,16 @@ class ClipReader:
         memory = target.view(-1).view(torch.uint8).numpy().data
         begin = told["offset"] + int(place) * len(memory)
         uri = self._cache.path(part["name"])
-        if not storage.is_local(uri):
-            memory[:] = storage.read_range(uri, begin, len(memory))
-        elif os.preadv(self._file(uri), [memory], begin) != len(memory):
-            raise OSError(f"{uri}: shorter than its index says")
+        if storage.is_local(uri):
+            found = os.preadv(self._file(uri), [memory], begin)
+        else:
+            data = storage.read_range(uri, begin, len(memory))
+            memory[: len(data)] = data
+            found = len(data)
+        if found != len(memory):
+            raise OSError(
+                f"{uri} is shorter than its index says; jobs.show_cache show_cache.verify=true says what to do"
+            )
 
     def _file(self, path: str) -> int:
         if path in self._files:

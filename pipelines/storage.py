@@ -6,17 +6,25 @@ import hashlib
 import json
 import os
 import posixpath
+import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 # Seconds, not the seven minutes that botocore waits by default for an endpoint that accepts and never answers. Between
 # attempts botocore waits, longer each time.
-S3_LIMITS = {"connect_timeout": 3, "read_timeout": 5, "retries": {"total_max_attempts": 3, "mode": "standard"}}
+ATTEMPTS = 3
+S3_LIMITS = {"connect_timeout": 3, "read_timeout": 5, "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"}}
+PATIENCE = (
+    8  # seconds after which what broke off is not asked for again: less than botocore's attempts at a dead endpoint
+)
+
+T = TypeVar("T")
 
 
 def is_local(uri: str) -> bool:
@@ -38,7 +46,7 @@ def read(uri: str) -> bytes:
     if is_local(uri):
         return Path(uri).read_bytes()
     with _remote(uri) as remote:
-        return bytes(remote.cat_file(uri))
+        return _to_its_end(lambda: bytes(remote.cat_file(uri)))
 
 
 def read_range(uri: str, offset: int, size: int) -> bytes:
@@ -70,7 +78,7 @@ def _fetched(remote: Any, uri: str, offset: int, size: int) -> bytes:
     if not size:
         return b""
     try:
-        return bytes(remote.cat_file(uri, start=offset, end=None if size < 0 else offset + size))
+        return _to_its_end(lambda: bytes(remote.cat_file(uri, start=offset, end=None if size < 0 else offset + size)))
     except OSError as error:
         # S3 has no empty ranges: it refuses one that begins behind the end.
         answer = getattr(error.__cause__, "response", {})
@@ -143,7 +151,7 @@ def kept_copy(uri: str) -> Path:
                 unfinished = cache / f".unfinished-{kept.parent.name}"
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir()
-                remote.get(uri, str(unfinished / kept.name), recursive=True)
+                _to_its_end(lambda: remote.get(uri, str(unfinished / kept.name), recursive=True))
                 os.replace(unfinished, kept.parent)
     return kept
 
@@ -207,10 +215,27 @@ def _raise(error: OSError) -> None:
     raise error
 
 
+def _to_its_end(fetch: Callable[[], T]) -> T:
+    """botocore asks again until an answer begins. One that breaks off in its middle is for us to ask for again."""
+    from aiohttp import ClientError
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+    begin = time.monotonic()
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return fetch()
+        except (HTTPClientError, IncompleteReadError, ClientError):
+            if time.monotonic() - begin > PATIENCE:
+                raise
+            time.sleep(random.uniform(0.1, 0.3) * 2**attempt)
+    return fetch()
+
+
 @contextmanager
 def _remote(uri: str) -> Iterator[Any]:
     """An fsspec filesystem, imported only where one is needed. What goes wrong is an OSError, as on a disk."""
     import fsspec
+    from aiohttp import ClientError
     from botocore.exceptions import BotoCoreError
 
     # No cache of listings: other workers write beside us.
@@ -218,5 +243,5 @@ def _remote(uri: str) -> Iterator[Any]:
     filesystem.retries = 1  # botocore tries again by itself
     try:
         yield filesystem
-    except BotoCoreError as error:
+    except (BotoCoreError, ClientError) as error:
         raise OSError(f"{uri}: {error}") from error

@@ -28,7 +28,7 @@ Reason = Literal[
     "no_timestamps",  # frames without a time of their own, as in a raw stream
     "damaged",  # frames that are wanted cannot be decoded whole
     "hung",  # decoding took longer than the limit
-    "decoder_died",  # decoding crashed its process, or took more memory than there is
+    "decoder_died",  # decoding crashed its process twice, or took more memory than there is
     "too_short",  # fewer frames than a clip spans
     "not_finite",  # the encoder gave NaN or inf
     "no_frame_rate",  # unknown, and cache.fps asks for one

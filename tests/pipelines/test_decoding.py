@@ -3,6 +3,7 @@
 import ctypes
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -161,15 +162,50 @@ def test_a_decode_that_dies_costs_only_its_own_row(perilous, stage, peril, said)
     assert torch.equal(decode(perilous), RIGHT)
 
 
-def test_a_decode_that_is_killed_costs_only_its_own_row(perilous):
+def kill_while_it_decodes(pool: DecodePool, times: int) -> threading.Thread:
+    """One process after the other, each in the middle of its video."""
+
+    def work() -> None:
+        for _ in range(times):
+            victim = pid(pool)
+            until(lambda: pool._children[0]._started)
+            time.sleep(0.2)  # of the 0.5 that the video waits
+            os.kill(victim, signal.SIGKILL)
+            until(lambda victim=victim: pid(pool) != victim)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def test_a_video_whose_process_is_killed_is_decoded_by_the_next_one(perilous):
+    right = decode(perilous, b"frames: wait")
+    before, asked = pid(perilous), []
+    killer = kill_while_it_decodes(perilous, 1)
+    clip = perilous(b"frames: wait", lambda count, fps: asked.append(count) or WANTED, 32, 40)
+    killer.join()
+    assert pid(perilous) != before
+    assert torch.equal(clip.frames, right)
+    assert asked == [20, 20]
+
+
+def test_a_video_whose_process_is_killed_twice_costs_only_its_own_row(perilous):
     decode(perilous)
-    victim = psutil.Process(pid(perilous))
-    killer = threading.Timer(0.3, victim.kill)
-    killer.start()
-    with pytest.raises(BadVideo, match="SIGKILL") as error:
-        decode(perilous, b"frames: hang")
+    killer = kill_while_it_decodes(perilous, 2)
+    with pytest.raises(BadVideo, match=r"killed by SIGKILL.*another one: killed by SIGKILL") as error:
+        decode(perilous, b"frames: wait")
+    killer.join()
     assert error.value.reason == "decoder_died"
     assert torch.equal(decode(perilous), RIGHT)
+
+
+def test_a_process_killed_while_it_starts_costs_no_row():
+    with DecodePool(Perilous, LIMIT) as pool:
+        os.kill(pid(pool), signal.SIGSTOP)
+        killer = threading.Timer(0.3, os.kill, (pid(pool), signal.SIGKILL))  # while decode() waits for it
+        killer.start()
+        assert torch.equal(decode(pool), RIGHT)
+        killer.join()
 
 
 def test_a_process_killed_between_two_videos_costs_no_row(perilous):
