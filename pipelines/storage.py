@@ -16,7 +16,12 @@ from typing import Any, BinaryIO
 
 # Seconds, not the seven minutes that botocore waits by default for an endpoint that accepts and never answers. Between
 # attempts botocore waits, longer each time.
-S3_LIMITS = {"connect_timeout": 3, "read_timeout": 5, "retries": {"total_max_attempts": 3, "mode": "standard"}}
+S3_LIMITS = {
+    "connect_timeout": 3,
+    "read_timeout": 5,
+    "retries": {"total_max_attempts": 3, "mode": "standard"},
+    "max_pool_connections": 64,  # of a process, all its threads together; 10 by default
+}
 
 
 def is_local(uri: str) -> bool:
@@ -38,7 +43,8 @@ def read(uri: str) -> bytes:
     if is_local(uri):
         return Path(uri).read_bytes()
     with _remote(uri) as remote:
-        return bytes(remote.cat_file(uri))
+        data: bytes = remote.cat_file(uri, max_concurrency=1)  # or it would ask for the size before
+        return data
 
 
 def read_range(uri: str, offset: int, size: int) -> bytes:
@@ -70,7 +76,8 @@ def _fetched(remote: Any, uri: str, offset: int, size: int) -> bytes:
     if not size:
         return b""
     try:
-        return bytes(remote.cat_file(uri, start=offset, end=None if size < 0 else offset + size))
+        found: bytes = remote.cat_file(uri, start=offset, end=None if size < 0 else offset + size)
+        return found
     except OSError as error:
         # S3 has no empty ranges: it refuses one that begins behind the end.
         answer = getattr(error.__cause__, "response", {})

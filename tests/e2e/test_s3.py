@@ -135,6 +135,13 @@ def shard(keys: list[str]) -> bytes:
     return data.getvalue()
 
 
+def test_a_file_is_read_by_one_request(endpoint, requests):
+    storage.write("s3://webvid/one/file", b"12")
+    requests.clear()
+    assert storage.read("s3://webvid/one/file") == b"12"
+    assert len([line for line in requests if "/webvid/one/file" in line]) == 1
+
+
 def test_tars_are_indexed_with_a_request_a_sample_and_without_their_videos(endpoint, requests, tmp_path):
     keys = {f"{i:05d}.tar": [f"{i:05d}{j:04d}" for j in range(12)] for i in range(5)}
     whole = 0
