@@ -144,9 +144,7 @@ def written(folder: str, videos: int) -> Cache:
     plan = plan_parts(random.integers(2**63, size=videos, dtype=np.uint64), None, VIDEOS_PER_PART)
     artifact = Artifact(storage.join(folder, "cache"), KIND, {})
     snapshot = Artifact(artifact.path("snapshots", "small"), SNAPSHOT, {})
-    maker: Any = PartMaker.__new__(PartMaker)  # without its decoders and encoders
-    maker.folder, maker.family = artifact.path("parts"), SimpleNamespace(latent_shape=SHAPE)
-    video = 0
+    maker, video = maker_of(artifact.path("parts")), 0
     for number, name in enumerate(part_names(plan)):
         here = range(video, video + int((plan["part"].to_numpy() == number).sum()))
         maker.captions = {f"caption {v}": {"text": noise(random, (1, *TEXT))} for v in here}
@@ -157,8 +155,14 @@ def written(folder: str, videos: int) -> Cache:
     return Cache(artifact.uri, snapshot.manifest())
 
 
+def maker_of(folder: str) -> Any:
+    maker: Any = PartMaker.__new__(PartMaker)  # without its decoders and encoders
+    maker.folder, maker.family = folder, SimpleNamespace(latent_shape=SHAPE)
+    return maker
+
+
 def clip(random: np.random.Generator, video: int, view: int) -> dict[str, Any]:
-    known: dict[str, Any] = {name: 0 for name in CLIP.names}
+    known: dict[str, Any] = dict.fromkeys(CLIP.names, 0)
     known |= {"clip_id": f"{video}:{view}", "videoid": str(video), "view": view, "caption": f"caption {video}"}
     known |= {"split": "train", "frame_indices": list(range(16)), "flip": False, "motion": random.uniform()}
     return known | {"hash": int(random.integers(2**63)), "tensors": {"latents": noise(random, SHAPE)}}
@@ -169,7 +173,7 @@ def noise(random: np.random.Generator, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def enlarge(cache: Cache, clips: int) -> None:
-    """A snapshot `large`: an index of so many rows that cite the clips there are, with ids and captions of their own."""
+    """A snapshot `large`: its index has so many rows, which cite the clips there are, with ids of their own."""
     small = opened(cache.index).read_all()
     numbers = pa.array(np.arange(clips))
     names = pc.cast(numbers, pa.string())

@@ -117,7 +117,7 @@ def serve(folder: str, delay: float) -> None:
             else:
                 self._send(path)
 
-        do_HEAD = do_GET  # noqa: N815  # as http.server calls them
+        do_HEAD = do_GET  # as http.server calls them
 
         def _send(self, path: Path) -> None:
             size = path.stat().st_size
@@ -132,7 +132,9 @@ def serve(folder: str, delay: float) -> None:
                         begin += os.sendfile(self.connection.fileno(), file.fileno(), begin, end - begin)
 
         def _list(self, prefix: str) -> None:
-            paths = [p for p in Path(folder).rglob("*") if p.is_file() and str(p.relative_to(folder)).startswith(prefix)]
+            paths = [
+                p for p in Path(folder).rglob("*") if p.is_file() and str(p.relative_to(folder)).startswith(prefix)
+            ]
             when = "<LastModified>2024-01-01T00:00:00.000Z</LastModified>"
             rows = (f"<Key>{p.relative_to(folder)}</Key><Size>{p.stat().st_size}</Size>{when}" for p in paths)
             body = "".join(f"<Contents>{row}</Contents>" for row in rows)

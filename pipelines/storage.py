@@ -86,7 +86,7 @@ def _fetched(remote: Any, uri: str, offset: int, size: int) -> bytes:
         raise
 
 
-def write(uri: str, data: bytes) -> None:
+def write(uri: str, data: bytes | bytearray) -> None:
     """A reader sees all of `data` or what was there before, whatever is killed when."""
     if not is_local(uri):
         with _remote(uri) as remote:
