@@ -340,8 +340,10 @@ def opened(uri: str) -> pa.ipc.RecordBatchFileReader:
     try:
         return pa.ipc.open_file(source)
     except pa.ArrowInvalid as error:
-        mend = "remove it and the snapshots that cite it, and run jobs.build_cache again"
-        raise UserError(f"{uri} is damaged ({error}): {mend}") from None
+        raise UserError(
+            f"{uri} is damaged ({error}): remove it (of a part all three files) and manifest.json of the snapshots "
+            "that cite it, and run jobs.build_cache again"
+        ) from None
 
 
 def _ipc(table: pa.Table) -> bytes:

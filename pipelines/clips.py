@@ -20,7 +20,7 @@ from cil.metrics.clips import clip_scores
 from cil.metrics.duplicates import picture_hash
 from cil.moments import Moments
 from pipelines import storage
-from pipelines.catalog import Catalog, Video
+from pipelines.catalog import PROBLEMS, Catalog, Video
 from pipelines.config import Config
 from pipelines.decoding import DecodePool
 from pipelines.models import family_of
@@ -91,9 +91,7 @@ class PartMaker:
 
     def _read(self, video: Video) -> bytes:
         if video.problem:
-            raise BadVideo(
-                cast(Reason, video.problem), f"videoid {video.videoid!r}, file {' or '.join(video.sources)!r}"
-            )
+            raise BadVideo(cast(Reason, video.problem), PROBLEMS[video.problem])
         for source in video.sources:
             if storage.exists(source):
                 return storage.read(source) if video.size < 0 else storage.read_range(source, video.offset, video.size)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -170,7 +170,16 @@ class CacheConfig(Section):
 
 
 Score = Literal["motion", "cut", "subject"]
-Where = dict[Score, tuple[float | None, float | None]]
+
+
+def _ordered(ends: tuple[float | None, float | None]) -> tuple[float | None, float | None]:
+    least, most = ends
+    if least is not None and most is not None and least > most:
+        raise ValueError("[least, most], or null where there is no such end")
+    return ends
+
+
+Where = dict[Score, Annotated[tuple[float | None, float | None], AfterValidator(_ordered)]]
 
 
 class InitialNoiseConfig(Section):
@@ -314,7 +323,11 @@ class Config(Section):
         """In the order in which they are trained, each seed a row of its own."""
         rows: dict[str, TrainingRow] = {}
         for arm, own in self.finetune.rows.items():
-            settings = RowConfig.model_validate(_merge(self.finetune.row.model_dump(), own))
+            described = _with_own(self.finetune.row.model_dump(), own)
+            try:
+                settings = RowConfig.model_validate(described)
+            except ValidationError as error:
+                raise UserError(f"finetune.rows.{arm}.{_explain(error, described, RowConfig)}") from None
             for seed in settings.seeds:
                 _add(rows, _row_name(arm, seed, settings.seeds), TrainingRow(arm, seed, settings))
         return rows
@@ -390,17 +403,14 @@ def load(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(_explain(error, tree)) from None
     _check(config)
     return config
 
 
 def _check(config: Config) -> None:
     """What the types alone cannot say."""
-    try:
-        rows = config.training_rows()
-    except ValidationError as error:
-        raise UserError(f"finetune.rows: {_explain(error, RowConfig)}") from None
+    rows = config.training_rows()
     for arm in [*config.finetune.rows, *config.generate.rows]:
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", arm) or arm in TAKEN:
             taken = ", ".join(TAKEN)
@@ -424,10 +434,11 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"finetune.rows.{name}.weights={row.weights}: a row before it ({named}) or a URI (with a /)"
             )
-    if config.cache.fps is not None and config.cache.stride != 1:
-        raise UserError(f"cache.fps={config.cache.fps} and cache.stride={config.cache.stride}: one of the two")
-    if isinstance(config.cache.stride, tuple) and config.cache.stride[0] > config.cache.stride[1]:
-        raise UserError(f"cache.stride={list(config.cache.stride)}: [least, most]")
+    stride = list(config.cache.stride) if isinstance(config.cache.stride, tuple) else config.cache.stride
+    if config.cache.fps is not None and stride != 1:
+        raise UserError(f"cache.fps={config.cache.fps} and cache.stride={stride}: one of the two")
+    if isinstance(stride, list) and stride[0] > stride[1]:
+        raise UserError(f"cache.stride={stride}: [least, most]")
     if config.cache.validation + config.cache.test >= 1:
         raise UserError("cache.validation + cache.test: below 1, or nothing is left to train on")
     if config.finetune.checkpoint_every % config.finetune.log_every:
@@ -467,25 +478,55 @@ def _replace(tree: Any, keys: list[str], value: Any) -> Any:
     return inner | {keys[0]: _replace(inner.get(keys[0]), keys[1:], value)}
 
 
-def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """What the row of a study has of its own, over what it shares."""
-    merged = dict(base)
-    for key, value in own.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+def _with_own(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What the row of a study has of its own, in place of what it shares: of a section key by key, of a value whole."""
+    sections = {
+        name: shared[name] | value
+        for name, value in own.items()
+        if name in RowConfig.model_fields
+        if isinstance(value, dict) and isinstance(RowConfig.model_fields[name].default, Section)
+    }
+    return shared | own | sections
 
 
-def _explain(error: ValidationError, root: type[BaseModel] = Config) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] != "extra_forbidden":
-        return f"{key}={first['input']}: {first['msg'].removeprefix('Value error, ').lower()}"
-    section: Any = root
-    for part in first["loc"][:-1]:
-        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
-        section = field.annotation if field else None
-    allowed = list(section.model_fields) if hasattr(section, "model_fields") else []
-    near = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+def _explain(error: ValidationError, tree: Any, root: type[BaseModel] = Config) -> str:
+    """In one line what is wrong first; where a value may be of several types, what each of them wants."""
+    errors = error.errors()
+    loc, kind = errors[0]["loc"], errors[0]["type"]
+    if kind == "extra_forbidden":
+        return _explain_unknown(loc, root)
+    places = [_written(each["loc"], tree) for each in errors]
+    same = [i for i, each in enumerate(errors) if each["loc"][: len(places[0])] == loc[: len(places[0])]]
+    at = max(same, key=lambda i: len(places[i]))
+    key, value = ".".join(map(str, places[at])), f"={errors[at]['input']}"
+    if loc[-1] == "[key]":
+        value = ""
+    elif kind == "missing":
+        key, value = (f"{key}.{loc[-1]}", "") if isinstance(loc[-1], str) else (key, value)
+    messages = [errors[i]["msg"].removeprefix("Value error, ").lower() for i in same if places[i] == places[at]]
+    return f"{key}{value}: {', or '.join(dict.fromkeys(messages))}"
+
+
+def _written(loc: tuple[int | str, ...], tree: Any) -> tuple[int | str, ...]:
+    """As much of a place as the user wrote: pydantic adds [key], or which type of several it tried."""
+    for depth, part in enumerate(loc):
+        if part in (tree if isinstance(tree, dict) else range(len(tree) if isinstance(tree, list | tuple) else 0)):
+            tree = tree[part]
+        elif depth + 1 < len(loc):
+            return loc[:depth] + _written(loc[depth + 1 :], tree)
+        else:
+            return loc[:depth]
+    return loc
+
+
+def _explain_unknown(loc: tuple[int | str, ...], root: Any) -> str:
+    section = root
+    for part in loc[:-1]:
+        if hasattr(section, "model_fields"):
+            section = section.model_fields[part].annotation
+        else:
+            section = get_args(section)[-1]  # of a dict or a list
+    allowed = list(section.model_fields)
+    near = difflib.get_close_matches(str(loc[-1]), allowed, n=1)
     hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(allowed)}"
-    return f"{key}: there is no such key; {hint}"
+    return f"{'.'.join(map(str, loc))}: there is no such key; {hint}"

@@ -22,7 +22,17 @@ def run(*arguments: str) -> tuple[subprocess.CompletedProcess, float]:
 
 
 def test_there_is_a_job_for_every_station():
-    stations = {"make_shapes", "build_cache", "initial_noise", "finetune", "generate", "score", "compare", "paper"}
+    stations = {
+        "make_shapes",
+        "build_cache",
+        "show_cache",
+        "initial_noise",
+        "finetune",
+        "generate",
+        "score",
+        "compare",
+        "paper",
+    }
     assert stations == set(JOBS)
 
 

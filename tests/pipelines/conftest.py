@@ -2,16 +2,14 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import DecodeHere, Here
 
-from pipelines import storage
 from pipelines.cache import Cache, build_cache
 from pipelines.config import Config, load
-from pipelines.parts import _PartWriter
 from pipelines.video import encode
 from pipelines.views import split_of
 
@@ -43,23 +41,6 @@ VIDEOS = {
 LONGER = {"g0": ("train", ""), "g1": ("test", "")}
 
 
-class Here:
-    """Takes the place of Ray: makes the parts that are asked for in this process."""
-
-    def __init__(self) -> None:
-        self.made: list[str] = []  # names of files
-
-    def make_parts(self, label, unit, parts, maker, arguments, gpus=0) -> list[str]:
-        missing = [part for part in parts if not storage.exists(part.uri)]
-        if not missing:
-            return []
-        writer, problems = _PartWriter(maker, arguments), []
-        for part in missing:
-            self.made.append(part.uri.rsplit("/", 1)[1])
-            problems.append(writer(asdict(part))["problem"])
-        return [problem for problem in problems if problem]
-
-
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Here:
     return _instead_of_ray(monkeypatch)
@@ -67,6 +48,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Here:
 
 def _instead_of_ray(monkeypatch: pytest.MonkeyPatch) -> Here:
     ours = Here()
+    monkeypatch.setattr("pipelines.clips.DecodePool", DecodeHere)
     monkeypatch.setattr("ray.put", lambda value: value)
     monkeypatch.setattr("pipelines.cluster.connect", lambda: None)
     for module in ("cache", "initial_noise"):

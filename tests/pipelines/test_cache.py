@@ -1,11 +1,12 @@
 """One part of a cache, made in this process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from in_process import DecodeHere
 
 from cil.moments import Moments
 from pipelines import storage
@@ -20,7 +21,7 @@ CAPTIONS = ["a dog", "a cat", "a dog"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Callable[..., Cache]:
+def made(tmp_path_factory) -> Iterator[Callable[..., Cache]]:
     """made("key=value", ...) -> a cache of one part: three videos of noise, two of them with one caption."""
     folder = tmp_path_factory.mktemp("videos")
     random = np.random.default_rng(0)
@@ -29,6 +30,9 @@ def made(tmp_path_factory) -> Callable[..., Cache]:
         (folder / f"{i}.mp4").write_bytes(encode(coarse.repeat(8, 1).repeat(8, 2), 8))
     rows = "".join(f"{i},{caption}\n" for i, caption in enumerate(CAPTIONS))
     (folder / "videos.csv").write_text(f"videoid,name\n{rows}")
+
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr("pipelines.clips.DecodePool", DecodeHere)
 
     def make(*overrides: str) -> Cache:
         out = tmp_path_factory.mktemp("cache")
@@ -41,7 +45,8 @@ def made(tmp_path_factory) -> Callable[..., Cache]:
         storage.write(f"{parts}/{name}.index", maker({"name": name, "start": 0, "stop": len(catalog)}).data)
         return build_cache(config)  # which finds it
 
-    return make
+    yield make
+    monkeypatch.undo()
 
 
 def table(cache: Cache) -> pa.Table:

@@ -29,7 +29,11 @@ def test_an_override_on_the_command_line_wins_over_the_file(tmp_path):
         ("finetune.row.batch=7", ["finetune.rows.base.batch=7", "finetune.workers=2"]),
         ("finetune.row.samples=100", ["samples=100", "multiple of batch=16"]),
         ("finetune.row.weights=elsewhere", ["weights=elsewhere", "URI"]),
-        ("finetune.rows.base.lrr=1", ["finetune.rows", "lrr", "did you mean lr"]),
+        ("finetune.rows.base.lrr=1", ["finetune.rows.base.lrr:", "did you mean lr"]),
+        ("finetune.rows.base.optimiser={lr: 1}", ["finetune.rows.base.optimiser:", "allowed are", "conditioning"]),
+        ("finetune.rows.base.conditioning=3", ["finetune.rows.base.conditioning=3", "dictionary"]),
+        ("generate.rows.next.guidanc=1", ["generate.rows.next.guidanc:", "did you mean guidance"]),
+        ("finetune.rows.base.conditioning.levle=1", ["finetune.rows.base.conditioning.levle:", "did you mean level"]),
         ("finetune.log_every=100", ["finetune.log_every=100", "base's batch=16"]),
         ("finetune.row.lr=.inf", ["finetune.row.lr", "finite"]),
         ("finetune.rows={../../x: {}}", ["'../../x'", "no name for a row"]),
@@ -50,6 +54,56 @@ def test_a_mistake_is_named_in_one_line_with_what_is_allowed(override, named):
     message = str(error.value)
     assert "\n" not in message
     assert [part for part in named if part not in message] == [], message
+
+
+BOX = "[top, left, bottom, right], each 0..1, top above bottom and left before right"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["cache.stride=0"], "cache.stride=0: input should be greater than 0, or input should be a valid tuple"),
+        (["cache.stride=[3, 0]"], "cache.stride.1=0: input should be greater than 0"),
+        (["cache.stride=[1, 2, 3]"], "cache.stride=[1, 2, 3]: input should be a valid integer, or tuple should have"),
+        (["cache.stride=[6, 1]"], "cache.stride=[6, 1]: [least, most]"),
+        (["cache.fps=0"], "cache.fps=0: input should be greater than 0"),
+        (["cache.fps=8", "cache.stride=2"], "cache.fps=8.0 and cache.stride=2: one of the two"),
+        (["cache.fps=8", "cache.stride=[1, 6]"], "cache.fps=8.0 and cache.stride=[1, 6]: one of the two"),
+        (["cache.flip=1.1"], "cache.flip=1.1: input should be less than or equal to 1"),
+        (["cache.condition=last"], "cache.condition=last: input should be 'first' or 'random'"),
+        (["cache.crop=[0, 0, 1.1, 1]"], f"cache.crop=[0, 0, 1.1, 1]: {BOX}"),
+        (["cache.crop=[0, 0.5, 1, 0.5]"], f"cache.crop=[0, 0.5, 1, 0.5]: {BOX}"),
+        (["cache.crop=[0, 0, 1]"], "cache.crop=[0, 0, 1]: field required"),
+        (["cache.watermark=[[0, 0, 1, 1], [0, -0.1, 1, 1]]"], f"cache.watermark.1=[0, -0.1, 1, 1]: {BOX}"),
+        (["cache.watermark=[0, 0, 1, 1]"], "cache.watermark.0=0: input should be a valid tuple"),
+        (["cache.decoder=ffmpeg"], "cache.decoder=ffmpeg: input should be 'pyav' or 'decord'"),
+        (["cache.decoders=0"], "cache.decoders=0: input should be greater than 0"),
+        (["cache.gpus=-1"], "cache.gpus=-1: input should be greater than or equal to 0"),
+        (["initial_noise.where={speed: [0, 1]}"], "initial_noise.where.speed: input should be 'motion', 'cut' or"),
+        (["initial_noise.where.speed=[0, 1]"], "initial_noise.where.speed: input should be 'motion', 'cut' or"),
+        (["generate.where={cut: [1, 0]}"], "generate.where.cut=[1, 0]: [least, most], or null"),
+        (["generate.where={cut: 1}"], "generate.where.cut=1: input should be a valid tuple"),
+        (["generate.where={cut: [a, 1]}"], "generate.where.cut.0=a: input should be a valid number"),
+        (["finetune.row.where={cut: [1, 0]}"], "finetune.row.where.cut=[1, 0]: [least, most], or null"),
+        (["finetune.rows.base.where={cut: [1, 0]}"], "finetune.rows.base.where.cut=[1, 0]: [least, most], or null"),
+        (["finetune.rows.base.where={speed: [0, 1]}"], "finetune.rows.base.where.speed: input should be 'motion'"),
+        (["finetune.row.balance=speed"], "finetune.row.balance=speed: input should be 'motion', 'cut' or 'subject'"),
+        (["family.latents=median"], "family.latents=median: input should be 'mode', 'sample' or 'mean_std'"),
+        (["compare.claims=[{row: a}]"], "compare.claims.0.says: field required"),
+    ],
+)
+def test_a_message_has_the_key_as_the_user_wrote_it(overrides, message):
+    with pytest.raises(UserError) as error:
+        load(None, overrides)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_the_ranges_of_scores_may_be_open_or_a_point():
+    config = load(None, ["initial_noise.where={motion: [0.5, null], cut: [null, 0.1], subject: [0.3, 0.3]}"])
+    assert config.initial_noise.where == {"motion": (0.5, None), "cut": (None, 0.1), "subject": (0.3, 0.3)}
+    assert load(None, ["cache.stride=[2, 2]"]).cache.stride == (2, 2)
+    assert load(None, ["cache.fps=8"]).cache.stride == 1
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "just words", "- a list"])
@@ -106,6 +160,23 @@ def test_rows_take_what_they_do_not_say_from_the_shared_row():
     trained = rows.training_rows()
     assert trained["next"].settings.lr == 0.25
     assert (trained["base"].settings.samples, trained["next"].settings.samples) == (640, 320)
+
+
+def test_a_filter_of_a_rows_own_stands_in_place_of_the_shared_one_and_its_conditioning_key_by_key():
+    shared = "finetune.row={where: {motion: [0.1, null]}, conditioning: {kind: constant, level: 2}}"
+    own = "finetune.rows={a: {}, b: {where: {}}, c: {where: {cut: [0, 1]}, conditioning: {level: 3}}}"
+    rows = {name: row.settings for name, row in load(None, [shared, own]).training_rows().items()}
+    assert [row.where for row in rows.values()] == [{"motion": (0.1, None)}, {}, {"cut": (0.0, 1.0)}]
+    assert [(row.conditioning.kind, row.conditioning.level) for row in rows.values()] == [
+        *[("constant", 2)] * 2,
+        ("constant", 3),
+    ]
+
+
+def test_the_paper_study_pretrains_on_all_clips_and_fine_tunes_on_those_that_move():
+    rows = load(PAPER).training_rows()
+    assert rows["base"].settings.where == {}
+    assert rows["naive-11"].settings.where == {"motion": (0.06, None)}
 
 
 def test_every_seed_is_a_row_of_its_own_and_is_evaluated_as_such():

@@ -151,6 +151,19 @@ def test_a_catalog_can_be_built_after_the_latest_snapshot_was_removed(built, set
     assert build_cache(settings(built, csv="longer")).counts["clips"] == 30
 
 
+@pytest.mark.parametrize("name", ["index.arrow", "plan.arrow"])
+def test_a_damaged_table_of_a_snapshot_is_told_and_mended_as_is_advised(name, built, settings, here, cache):
+    whole, table = digests(built / "cache"), Path(cache.manifest.uri) / name
+    table.write_bytes(table.read_bytes()[:100])
+    with pytest.raises(UserError, match=rf"{name} is damaged .*remove it .*manifest\.json.*jobs\.build_cache"):
+        opened(str(table))
+    table.unlink()
+    (table.parent / "manifest.json").unlink()
+    build_cache(settings(built))
+    assert digests(built / "cache") == whole
+    assert here.made == []
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 

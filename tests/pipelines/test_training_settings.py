@@ -1,11 +1,14 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from cil import CleanCondition, ConstantNoise, TimeNoise
 from cil.families import load
 from pipelines.config import ConditioningConfig, RowConfig
+from pipelines.config import load as configured
 from pipelines.finetune import conditioning_noise, describe_noise, learning_rate
+from pipelines.weights import plan_weights
 
 TOY = load("toy")
 
@@ -45,3 +48,15 @@ def test_what_timenoise_is_over_the_training_times_is_said_and_warned_of_where_i
     assert "t explains 20.2% of the level" in moving or "t explains 20.1% of the level" in moving
     assert "WARNING" not in moving
     assert describe_noise(ConditioningConfig(), TOY) == ""
+
+
+def test_weights_know_which_watermark_their_loss_left_out_and_no_other(tmp_path):
+    def identity(*overrides: str) -> str:
+        config = configured(None, [f"out={tmp_path}", *overrides])
+        row, cache = config.training_rows()["base"], SimpleNamespace(fingerprint="of a cache")
+        return plan_weights(config, TOY, "base", row, cache, {}).fingerprint
+
+    one, other = "cache.watermark=[[0, 0, 0.5, 1]]", "cache.watermark=[[0, 0, 1, 0.5]]"
+    leaving_out = "finetune.row.unmarked=true"
+    assert identity(one) == identity(other)
+    assert len({identity(one), identity(one, leaving_out), identity(other, leaving_out)}) == 3

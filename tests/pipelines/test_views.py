@@ -171,7 +171,8 @@ def test_videos_are_held_out_in_the_shares_asked_for():
 
 def test_splits_are_of_the_video_and_drawn_anew_by_another_seed():
     shares = ("cache.validation=0.2", "cache.test=0.3")
-    splits = [[split_of(policy(*shares, *more), v) for v in VIDEOS] for more in ([], ["cache.flip=1"], ["seed=1"])]
+    configs = [policy(*shares, *more) for more in ([], ["cache.flip=1"], ["seed=1"])]
+    splits = [[split_of(config, video) for video in VIDEOS] for config in configs]
     assert splits[0] == splits[1]
     same = sum(a == b for a, b in zip(splits[0], splits[2], strict=True))
     assert abs(same / 2000 - (0.2**2 + 0.3**2 + 0.5**2)) < 0.06

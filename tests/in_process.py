@@ -1,0 +1,48 @@
+"""Ray and decode processes left out: what they do is tested elsewhere, and takes seconds to start."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import asdict
+
+from pipelines import storage
+from pipelines.decoding import Decoded
+from pipelines.parts import _PartWriter
+from pipelines.video import fit
+
+
+class Here:
+    """Takes the place of Ray: makes the parts that are asked for in this process."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []  # names of files
+
+    def make_parts(self, label, unit, parts, maker, arguments, gpus=0, note=None) -> list[str]:
+        missing = [part for part in parts if not storage.exists(part.uri)]
+        if not missing:
+            return []
+        writer, problems = _PartWriter(maker, arguments), []
+        for part in missing:
+            self.made.append(part.uri.rsplit("/", 1)[1])
+            problems.append(writer(asdict(part))["problem"])
+        return [problem for problem in problems if problem]
+
+
+class DecodeHere:
+    """Takes the place of DecodePool: no process is started."""
+
+    def __init__(self, decoder, seconds, processes) -> None:
+        self._decoder = decoder
+
+    def __call__(self, data, wanted, height, width, crop) -> Decoded:
+        video = self._decoder(data)
+        indices = list(wanted(video.count, video.fps))
+        return Decoded(fit(video.frames(indices), height, width, crop), indices, video.count, video.fps)
+
+    def ahead(self, function, items) -> Iterator[Future]:
+        for item in items:
+            future = Future()
+            try:
+                future.set_result(function(item))
+            except Exception as error:
+                future.set_exception(error)
+            yield future
