@@ -149,21 +149,21 @@ class PartMaker:
         known = pa.Table.from_pylist([{key: row[key] for key in CLIP.names} for row in rows], CLIP)
         captions = sorted(self.captions)
         places = [bisect_left(captions, row["caption"]) for row in rows]
-        columns, layout = {}, {}
-        for tensor in rows[0]["tensors"] if rows else ():
-            values = [row["tensors"][tensor] for row in rows]
-            columns[tensor], layout[tensor] = _binary(values), _layout(tensor, values[0], "row")
+        columns, layout, stacked = {}, {}, {}
+        for tensor in list(rows[0]["tensors"]) if rows else ():
+            values = torch.stack([row["tensors"].pop(tensor) for row in rows])  # a clip's tensors are let go of
+            stacked[tensor], columns[tensor], layout[tensor] = values, _binary(values), _layout(tensor, values, "row")
         for tensor in self.captions[captions[0]] if rows else ():
             # Each caption's once, and in a row its place.
-            values = [self.captions[caption][tensor][0] for caption in captions]
+            values = torch.stack([self.captions[caption][tensor][0] for caption in captions])
             columns[tensor] = pa.DictionaryArray.from_arrays(pa.array(places, pa.int32()), _binary(values))
-            layout[tensor] = _layout(tensor, values[0], "place")
+            layout[tensor] = _layout(tensor, values, "place")
+        moments = self._moments(rows, stacked).to_bytes()
         table = pa.table({**dict(zip(CLIP.names, known.columns, strict=True)), **columns})
         data = _ipc(table.replace_schema_metadata({"tensors": json.dumps(layout)}))
         for tensor, begin in _offsets(data, layout).items():
             layout[tensor]["offset"] = begin
 
-        moments = self._moments([row for row in rows if row["split"] == "train"]).to_bytes()
         storage.write(storage.join(self.folder, f"{name}.arrow"), data)
         storage.write(storage.join(self.folder, f"{name}.moments"), moments)
         said = {
@@ -174,33 +174,40 @@ class PartMaker:
             "bytes": str(len(data)),
         }
         index = known.drop_columns(["frame_indices"]).append_column("place", pa.array(places, pa.int32()))
-        return _ipc(index.replace_schema_metadata(said)), len(data)
+        return bytes(_ipc(index.replace_schema_metadata(said))), len(data)
 
-    def _moments(self, rows: list[dict[str, Any]]) -> Moments:
-        if not rows:
+    def _moments(self, rows: list[dict[str, Any]], stacked: dict[str, torch.Tensor]) -> Moments:
+        train = [i for i, row in enumerate(rows) if row["split"] == "train"]
+        if not train:
             return Moments.zeros(self.family.latent_shape)
-        kept = [name for name in ("latents", "latents_std") if name in rows[0]["tensors"]]
-        of = {name: torch.stack([row["tensors"][name] for row in rows]) for name in kept}
-        return Moments.of(of["latents"], [row["clip_id"] for row in rows], of.get("latents_std"))
+        of = {name: stacked[name][train] for name in ("latents", "latents_std") if name in stacked}
+        return Moments.of(of["latents"], [rows[i]["clip_id"] for i in train], of.get("latents_std"))
 
 
-def _binary(tensors: list[torch.Tensor]) -> pa.Array:
-    return pa.array([t.contiguous().numpy().tobytes() for t in tensors], pa.large_binary())
+def _binary(values: torch.Tensor) -> pa.Array:
+    """A value for each of the first dimension, in the tensor's own memory."""
+    data = pa.py_buffer(values.contiguous().numpy())
+    ends = np.arange(len(values) + 1, dtype=np.int64) * (data.size // len(values))
+    return pa.Array.from_buffers(pa.large_binary(), len(values), [None, pa.py_buffer(ends), data])
 
 
-def _layout(name: str, tensor: torch.Tensor, by: str) -> dict[str, Any]:
+def _layout(name: str, values: torch.Tensor, by: str) -> dict[str, Any]:
     assert name not in CLIP.names, f"{name} is a column of every cache: the family must call its tensor otherwise"
-    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch."), "by": by}
+    return {"shape": list(values.shape[1:]), "dtype": str(values.dtype).removeprefix("torch."), "by": by}
 
 
-def _ipc(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    return sink.getvalue().to_pybytes()
+def _ipc(table: pa.Table) -> bytearray:
+    """In memory that is taken once: a sink that grows would hold up to three times as much."""
+    table, size = table.combine_chunks(), pa.MockOutputStream()
+    with pa.ipc.new_file(size, table.schema) as writer:
+        writer.write_table(table)
+    data = bytearray(size.size())
+    with pa.ipc.new_file(pa.FixedSizeBufferWriter(pa.py_buffer(data)), table.schema) as writer:
+        writer.write_table(table)
+    return data
 
 
-def _offsets(data: bytes, names: dict[str, Any]) -> dict[str, int]:
+def _offsets(data: bytes | bytearray, names: dict[str, Any]) -> dict[str, int]:
     """Where in the file each column's first tensor begins; the others follow without gaps."""
     whole = pa.py_buffer(data)
     file = pa.ipc.open_file(whole)

@@ -159,7 +159,9 @@ class CacheConfig(Section):
     test: float = Field(0.3, description="share of the videos held out for generating and scoring", ge=0, le=1)
     decoder: Literal["pyav", "decord"] = Field("pyav", description="pyav skips frames that nothing needs: faster")
     decode_seconds: PositiveFloat = Field(60, description="a video that takes longer to decode is rejected")
-    videos_per_part: PositiveInt = Field(100, description="videos in one file of the cache")
+    videos_per_part: PositiveInt = Field(
+        300, description="videos in one file of the cache; of 600 clips, their moments are below 2 % of it"
+    )
     decoders: PositiveInt = Field(1, description="processes that decode for one encoding worker")
     gpus: NonNegativeFloat = Field(0, description="GPUs of one encoding worker; 0: a CPU")
     snapshot: str | None = Field(None, description="which snapshot later jobs use; default: the latest")

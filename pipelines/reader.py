@@ -4,10 +4,12 @@ What is known of clips comes from the snapshot's index, which is mapped into mem
 are asked for, from the place in a part's file that the index tells: of ten million clips as of ten.
 """
 
+import itertools
+import math
 import os
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, get_args
 
 import numpy as np
@@ -30,13 +32,14 @@ class ClipReader:
 
     def __init__(self, cache: Cache, split: str | None, where: Where | None = None) -> None:
         self._cache, self._where = cache, dict(where or {})
+        self._parts, self._local = cache.parts, storage.is_local(cache.uri)
         self.index = opened(str(storage.kept_copy(cache.index))).read_all()
         self.rows = np.flatnonzero(selected(self.index, split, self._where))
         self._part, self._row, self._place = (
             self.index[name].to_numpy()[self.rows] for name in ("part", "row", "place")
         )
         self._frame = self.index["frame"].to_numpy()[self.rows]
-        self._files: OrderedDict[str, int] = OrderedDict()
+        self._files: OrderedDict[int, int] = OrderedDict()
         self._pool = ThreadPoolExecutor(AT_ONCE)
 
     def __len__(self) -> int:
@@ -54,13 +57,13 @@ class ClipReader:
 
     def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Every tensor of these clips, [B, ...], and `frame`, which of their frames is the conditional image."""
-        layout = self._cache.parts[self._part[numbers[0]]]["tensors"]
-        batch = {
-            name: torch.empty((len(numbers), *told["shape"]), dtype=getattr(torch, told["dtype"]))
-            for name, told in layout.items()
-        }
-        wanted = [(name, number, batch[name][i]) for i, number in enumerate(numbers) for name in layout]
-        if storage.is_local(self._cache.uri):
+        batch, wanted = {}, []
+        for name, told in self._parts[self._part[numbers[0]]]["tensors"].items():
+            batch[name] = torch.empty((len(numbers), *told["shape"]), dtype=getattr(torch, told["dtype"]))
+            memory = batch[name].view(-1).view(torch.uint8).numpy().data
+            size = len(memory) // len(numbers)
+            wanted += [(name, number, memory[i * size : (i + 1) * size]) for i, number in enumerate(numbers)]
+        if self._local:
             for one in wanted:
                 self._fill(*one)
         else:
@@ -68,42 +71,48 @@ class ClipReader:
         return batch | {"frame": torch.from_numpy(self._frame[numbers])}
 
     def ahead(self, batches: Iterable[Sequence[int]], depth: int = 2) -> Iterator[dict[str, Tensor]]:
-        """Batches in order, the next ones read while one is used."""
-        with ThreadPoolExecutor(1) as one:
-            waiting = []
+        """Batches in order, the next ones read while one is used: from S3, so many that enough requests are made."""
+        threads = 1
+        if not self._local and len(self):
+            batches = iter(batches)
+            first = list(itertools.islice(batches, 1))
+            requests = sum(len(numbers) for numbers in first) * len(self._parts[self._part[0]]["tensors"])
+            threads = depth = max(depth, math.ceil(AT_ONCE / max(requests, 1)) + 1)
+            batches = itertools.chain(first, batches)
+        with ThreadPoolExecutor(threads) as pool:
+            waiting: deque[Future[dict[str, Tensor]]] = deque()
             for numbers in batches:
-                waiting.append(one.submit(self.batch, numbers))
+                waiting.append(pool.submit(self.batch, numbers))
                 if len(waiting) > depth:
-                    yield waiting.pop(0).result()
-            for future in waiting:
-                yield future.result()
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
-    def _fill(self, name: str, number: int, target: Tensor) -> None:
-        part = self._cache.parts[self._part[number]]
-        told = part["tensors"][name]
+    def _fill(self, name: str, number: int, memory: memoryview) -> None:
+        part = int(self._part[number])
+        told = self._parts[part]["tensors"][name]
         place = self._row[number] if told["by"] == "row" else self._place[number]
-        memory = target.view(-1).view(torch.uint8).numpy().data
         begin = told["offset"] + int(place) * len(memory)
-        uri = self._cache.path(part["name"])
-        if storage.is_local(uri):
-            found = os.preadv(self._file(uri), [memory], begin)
+        uri = self._cache.path(self._parts[part]["name"])
+        if self._local:
+            found = os.preadv(self._file(part), [memory], begin)
         else:
             data = storage.read_range(uri, begin, len(memory))
-            memory[: len(data)] = data
             found = len(data)
+            memory[:found] = data
         if found != len(memory):
             raise OSError(
                 f"{uri} is shorter than its index says; jobs.show_cache show_cache.verify=true says what to do"
             )
 
-    def _file(self, path: str) -> int:
-        if path in self._files:
-            self._files.move_to_end(path)
-            return self._files[path]
+    def _file(self, part: int) -> int:
+        if part in self._files:
+            self._files.move_to_end(part)
+            return self._files[part]
         if len(self._files) >= OPEN:
             os.close(self._files.popitem(last=False)[1])
-        self._files[path] = os.open(path, os.O_RDONLY)
-        return self._files[path]
+        self._files[part] = os.open(self._cache.path(self._parts[part]["name"]), os.O_RDONLY)
+        return self._files[part]
 
 
 def selected(index: pa.Table, split: str | None, where: Where) -> np.ndarray:

@@ -19,10 +19,13 @@ from typing import Any, BinaryIO, TypeVar
 # Seconds, not the seven minutes that botocore waits by default for an endpoint that accepts and never answers. Between
 # attempts botocore waits, longer each time.
 ATTEMPTS = 3
-S3_LIMITS = {"connect_timeout": 3, "read_timeout": 5, "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"}}
-PATIENCE = (
-    8  # seconds after which what broke off is not asked for again: less than botocore's attempts at a dead endpoint
-)
+S3_LIMITS = {
+    "connect_timeout": 3,
+    "read_timeout": 5,
+    "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"},
+    "max_pool_connections": 64,  # of a process, all its threads together; 10 by default
+}
+PATIENCE = 8  # seconds after which what broke off is not asked for again: less than botocore takes for a dead endpoint
 
 T = TypeVar("T")
 
@@ -46,7 +49,8 @@ def read(uri: str) -> bytes:
     if is_local(uri):
         return Path(uri).read_bytes()
     with _remote(uri) as remote:
-        return _to_its_end(lambda: bytes(remote.cat_file(uri)))
+        # One request at a time, or it would ask for the size before.
+        return _to_its_end(lambda: bytes(remote.cat_file(uri, max_concurrency=1)))
 
 
 def read_range(uri: str, offset: int, size: int) -> bytes:
@@ -87,7 +91,7 @@ def _fetched(remote: Any, uri: str, offset: int, size: int) -> bytes:
         raise
 
 
-def write(uri: str, data: bytes) -> None:
+def write(uri: str, data: bytes | bytearray) -> None:
     """A reader sees all of `data` or what was there before, whatever is killed when."""
     if not is_local(uri):
         with _remote(uri) as remote:

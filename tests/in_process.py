@@ -23,7 +23,8 @@ class Here:
         writer, problems = _PartWriter(maker, arguments), []
         for part in missing:
             self.made.append(part.uri.rsplit("/", 1)[1])
-            problems.append(writer(asdict(part))["problem"])
+            row = writer(asdict(part))
+            problems.append(row["problem"] or row["failed"])
         return [problem for problem in problems if problem]
 
 
@@ -32,6 +33,12 @@ class DecodeHere:
 
     def __init__(self, decoder, seconds, processes) -> None:
         self._decoder = decoder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
 
     def __call__(self, data, wanted, height, width, crop) -> Decoded:
         video = self._decoder(data)
