@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 # Seconds, not the seven minutes that botocore waits by default for an endpoint that accepts and never answers. Between
 # attempts botocore waits, longer each time.
 ATTEMPTS = 3
-S3_LIMITS = {"connect_timeout": 3, "read_timeout": 5, "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"}}
+S3_LIMITS = {"connect_timeout": 3, "read_timeout": 4, "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"}}
 PATIENCE = (
     8  # seconds after which what broke off is not asked for again: less than botocore's attempts at a dead endpoint
 )
