@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 ATTEMPTS = 3
 S3_LIMITS = {
     "connect_timeout": 3,
-    "read_timeout": 5,
+    "read_timeout": 4,
     "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"},
     "max_pool_connections": 64,  # of a process, all its threads together; 10 by default
 }
