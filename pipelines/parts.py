@@ -68,7 +68,9 @@ def make_parts(
         print(f"{label}: {done} of {total} {unit} are there already", flush=True)
     progress = Progress(label, unit, total, done)
     cluster.connect()
-    random.shuffle(missing)
+    # Several runs at once begin at other places; neighbours stay together, as a worker may keep what they share.
+    begin = random.randrange(len(missing))
+    missing = missing[begin:] + missing[:begin]
     workers = min(cluster.workers(gpus), len(missing))
     made = ray.data.from_items([asdict(part) for part in missing], override_num_blocks=len(missing)).map(
         _PartWriter,  # type: ignore[arg-type]  # Ray takes a class as well
