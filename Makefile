@@ -1,7 +1,7 @@
 # Every target does its own set-up; the first run takes some minutes, a second one a moment.
 BIN := .venv/bin
 
-.PHONY: help setup paper demo test check bench clean
+.PHONY: help setup paper demo test check lint bench clean
 
 help: ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -19,13 +19,15 @@ demo: setup ## the offline half alone: videos, latent cache, initial noise, and 
 test: setup ## all tests
 	@$(BIN)/python -m pytest
 
-check: setup ## format, lint, types, import floors, fast tests
+check: lint ## lint, and the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup ## format, lint, types, import floors
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict cil
 	$(BIN)/mypy pipelines jobs
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow"
 
 bench: setup ## all benchmarks, into benchmarks/results.md
 	@$(BIN)/python -m benchmarks
