@@ -6,6 +6,7 @@ A part is three files. `NAME.arrow` holds the clips with their tensors, `NAME.mo
 
 import hashlib
 import json
+import posixpath
 import time
 from bisect import bisect_left
 from dataclasses import asdict
@@ -90,14 +91,14 @@ class PartMaker:
         return Made(index, told=told)
 
     def _read(self, video: Video) -> bytes:
+        # Without the folder: a cache has the same bytes wherever its videos lie.
+        file = " or ".join(sorted({posixpath.basename(source) for source in video.sources}))
         if video.problem:
-            raise BadVideo(
-                cast(Reason, video.problem), f"videoid {video.videoid!r}, file {' or '.join(video.sources)!r}"
-            )
+            raise BadVideo(cast(Reason, video.problem), f"videoid {video.videoid!r}, file {file!r}")
         for source in video.sources:
             if storage.exists(source):
                 return storage.read(source) if video.size < 0 else storage.read_range(source, video.offset, video.size)
-        raise BadVideo("missing", f"there is no {' or '.join(video.sources)}")
+        raise BadVideo("missing", f"there is no {file}")
 
     def decode(self, video: Video) -> list[tuple[torch.Tensor, View, dict[str, float]]]:
         """Frames and scores of every view; the video's frames are decoded once for all views."""

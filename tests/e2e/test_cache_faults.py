@@ -285,8 +285,9 @@ def test_a_store_that_fails_now_and_then_costs_nothing_and_what_always_fails_is_
     store.close()
     assert store.faults.keys() == {"none", "500", "503", "reset", "broken", "stalled"}
     assert first.returncode == 1, first.stdout + first.stderr
-    assert f"1 parts wait for videos that could not be read for passing reasons ({broken.stem}: " in first.stderr
-    assert "Run the same command again" in one_line(first.stderr)
+    told = f"1 parts wait for videos that could not be read for passing reasons ({broken.stem}: "
+    assert told in one_line(first.stderr)
+    assert "Run the same command again" in first.stderr
 
     again = run("build_cache", *S3, out, AWS_ENDPOINT_URL=endpoint, XDG_CACHE_HOME=str(tmp_path))
     assert again.returncode == 0, again.stderr
