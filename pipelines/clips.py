@@ -6,6 +6,7 @@ A part is three files. `NAME.arrow` holds the clips with their tensors, `NAME.mo
 
 import hashlib
 import json
+import posixpath
 import time
 from bisect import bisect_left
 from dataclasses import asdict
@@ -95,7 +96,9 @@ class PartMaker:
         for source in video.sources:
             if storage.exists(source):
                 return storage.read(source) if video.size < 0 else storage.read_range(source, video.offset, video.size)
-        raise BadVideo("missing", f"there is no {' or '.join(video.sources)}")
+        # Without the folder: a cache has the same bytes wherever its videos lie.
+        files = sorted({posixpath.basename(source) for source in video.sources})
+        raise BadVideo("missing", f"there is no {' or '.join(files)}")
 
     def decode(self, video: Video) -> list[tuple[torch.Tensor, View, dict[str, float]]]:
         """Frames and scores of every view; the video's frames are decoded once for all views."""

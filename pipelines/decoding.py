@@ -79,16 +79,16 @@ class DecodePool:
         processes, so that no more results than these wait in memory.
         """
         waiting: deque[Future[Result]] = deque()
-        with ThreadPoolExecutor(len(self._children)) as threads:
-            try:
-                items = iter(items)
-                waiting.extend(threads.submit(function, item) for item in itertools.islice(items, len(self._children)))
-                while waiting:
-                    first = waiting.popleft()
-                    waiting.extend(threads.submit(function, item) for item in itertools.islice(items, 1))
-                    yield first
-            finally:
-                threads.shutdown(wait=False, cancel_futures=True)
+        threads = ThreadPoolExecutor(len(self._children))
+        try:
+            items = iter(items)
+            waiting.extend(threads.submit(function, item) for item in itertools.islice(items, len(self._children)))
+            while waiting:
+                first = waiting.popleft()
+                waiting.extend(threads.submit(function, item) for item in itertools.islice(items, 1))
+                yield first
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)  # who ends early does not wait for what was begun ahead
 
     def close(self) -> None:
         """Waits for calls that are under way in other threads. Later ones are refused."""

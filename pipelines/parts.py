@@ -82,7 +82,8 @@ def make_parts(
     problems: list[str] = []
     failed: list[str] = []
     told, in_a_row = Counter[str](), 0
-    for row in made.iter_rows():
+    blocks = made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)  # each row when it is there
+    for row in (row for block in blocks for row in block.to_pylist()):  # type: ignore[union-attr]
         if problem := row["problem"] or row["failed"]:
             if not problems + failed:
                 print(f"{label}: {problem}; tried again by the next run", flush=True)

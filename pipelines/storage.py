@@ -228,7 +228,7 @@ def _to_its_end(fetch: Callable[[], T]) -> T:
     for attempt in range(1, ATTEMPTS):
         try:
             return fetch()
-        except (HTTPClientError, IncompleteReadError, ClientError):
+        except (HTTPClientError, IncompleteReadError, ClientError, TimeoutError, ConnectionError):
             if time.monotonic() - begin > PATIENCE:
                 raise
             time.sleep(random.uniform(0.1, 0.3) * 2**attempt)
@@ -247,5 +247,7 @@ def _remote(uri: str) -> Iterator[Any]:
     filesystem.retries = 1  # botocore tries again by itself
     try:
         yield filesystem
+    except TimeoutError as error:  # fsspec's says nothing
+        raise TimeoutError(f"{uri}: {error or 'an answer stopped in its middle'}") from error
     except (BotoCoreError, ClientError) as error:
         raise OSError(f"{uri}: {error}") from error
