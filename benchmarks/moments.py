@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks import Row, alternately, main, paired
-from benchmarks.read import clip, maker_of
+from benchmarks.random_cache import clip, maker_of
 from cil import Moments
 from pipelines.config import CacheConfig
 
