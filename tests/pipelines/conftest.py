@@ -1,7 +1,7 @@
 """A small cache with everything in it, made in this process without Ray."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
