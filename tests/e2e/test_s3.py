@@ -113,9 +113,12 @@ class Requests(logging.Handler):
 @pytest.fixture
 def requests(endpoint):
     handler, logger = Requests(), logging.getLogger("werkzeug")
+    before = logger.level
+    logger.setLevel(logging.INFO)  # other tests make it silent
     logger.addHandler(handler)
     yield handler.lines
     logger.removeHandler(handler)
+    logger.setLevel(before)
 
 
 def shard(keys: list[str]) -> bytes:
