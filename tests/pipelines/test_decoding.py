@@ -17,6 +17,7 @@ import pytest
 import torch
 from test_video import textured, video
 
+from pipelines import cluster
 from pipelines.decoding import DecodePool
 from pipelines.video import DECODERS, BadVideo, PyAVDecoder, fit
 
@@ -348,14 +349,11 @@ def test_a_ray_actor_has_its_own_process_that_ends_with_it():
         def decode(self, data: bytes) -> tuple[int, np.ndarray]:
             return pid(self.pool), decode(self.pool, data).numpy()
 
+    cluster.connect()  # or the one that other tests have started
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env=environment)
-    try:
-        actor = ray.remote(Actor).remote()
-        child, frames = ray.get(actor.decode.remote(GOOD))
-        np.testing.assert_array_equal(frames, RIGHT)
-        assert not gone(child)
-        ray.kill(actor)
-        until(lambda: gone(child))
-    finally:
-        ray.shutdown()
+    actor = ray.remote(Actor).options(runtime_env=environment).remote()
+    child, frames = ray.get(actor.decode.remote(GOOD))
+    np.testing.assert_array_equal(frames, RIGHT)
+    assert not gone(child)
+    ray.kill(actor)
+    until(lambda: gone(child))
