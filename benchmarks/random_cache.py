@@ -12,7 +12,7 @@ import torch
 
 from pipelines import storage
 from pipelines.artifact import Artifact
-from pipelines.cache import INDEX, KIND, SNAPSHOT, Cache, _finish, opened, part_names, plan_parts
+from pipelines.cache import INDEX, KIND, SNAPSHOT, Cache, _finish, part_names, plan_parts
 from pipelines.clips import CLIP, PartMaker
 
 SHAPE, TEXT = (16, 4, 40, 64), (77, 1024)
@@ -54,7 +54,7 @@ def noise(random: np.random.Generator, shape: tuple[int, ...]) -> torch.Tensor:
 
 def enlarge(cache: Cache, clips: int) -> None:
     """A snapshot `large`: its index has so many rows, which cite the clips there are, with ids of their own."""
-    small = opened(cache.index).read_all()
+    small = cache.index()
     numbers = pa.array(np.arange(clips))
     names = pc.cast(numbers, pa.string())
     told = {"clip_id": ":0", "videoid": "", "caption": " is what somebody has said of a video of theirs"}

@@ -47,7 +47,7 @@ def read_image(source: Source, height: int, width: int) -> Tensor:
         found = "a folder" if isinstance(error, IsADirectoryError) else " ".join(str(error).split())
         expected = f"one picture of 1 to {LARGEST} pixels, as {', '.join(FORMATS)}"
         raise ValueError(f"{name}: {found}; expected {expected}") from error
-    return _cover(torch.from_numpy(pixels), height, width)
+    return cover(_shortened(torch.from_numpy(pixels)[None], height, width), height, width)[0]
 
 
 @contextmanager
@@ -111,13 +111,21 @@ def _srgb(image: Image.Image, profile: bytes) -> Image.Image:
         return image
 
 
-def _cover(x: Tensor, height: int, width: int) -> Tensor:
-    """[H, W, 3] -> [height, width, 3], as `pipelines.video.fit` does with frames."""
-    scale = max(height / x.shape[0], width / x.shape[1])
-    for axis, side in enumerate((height, width)):
+def _shortened(x: Tensor, height: int, width: int) -> Tensor:
+    """[1, H, W, 3], without most of what `cover` would cut off."""
+    scale = max(height / x.shape[1], width / x.shape[2])
+    for axis, side in ((1, height), (2, width)):
         cut = (x.shape[axis] - int(LONGEST * max(1, side / scale))) // 2
         x = x.narrow(axis, cut, x.shape[axis] - 2 * cut) if cut > 0 else x
-    size = [max(height, round(x.shape[0] * scale)), max(width, round(x.shape[1] * scale))]
-    x = F.interpolate(x.permute(2, 0, 1)[None], size, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
+    return x
+
+
+def cover(x: Tensor, height: int, width: int) -> Tensor:
+    """uint8 [T, H, W, 3] resized to cover height x width with its aspect kept, then cropped to the centre."""
+    if x.shape[1:3] == (height, width):
+        return x
+    scale = max(height / x.shape[1], width / x.shape[2])
+    size = [max(height, round(x.shape[1] * scale)), max(width, round(x.shape[2] * scale))]
+    x = F.interpolate(x.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return x[top : top + height, left : left + width].contiguous()
+    return x[:, top : top + height, left : left + width].contiguous()

@@ -25,7 +25,7 @@ from cil.metrics.motion import SMALLEST
 from pipelines import artifact, cluster, storage
 from pipelines.artifact import Artifact, Identity, Manifest
 from pipelines.catalog import Catalog, read_catalog
-from pipelines.clips import PartMaker
+from pipelines.clips import PartMaker, to_ipc
 from pipelines.config import Config
 from pipelines.errors import Unfinished, UserError
 from pipelines.models import encoder_of, encoding_code, family_of, refuse_other_family, shape_of
@@ -37,15 +37,9 @@ LATEST = "latest.json"
 INDEX, PLAN, REJECTS = "index.arrow", "plan.arrow", "rejects.jsonl"
 AT_ONCE = 16  # requests to a store
 CODE = (
-    *(
-        "pipelines.clips",
-        "pipelines.views",
-        "pipelines.video",
-        "pipelines.decoding",
-        "pipelines.catalog",
-        "pipelines.tars",
-    ),
-    *("cil.metrics.motion", "cil.metrics.clips", "cil.metrics.duplicates", "cil.moments", "cil.draws"),
+    *("pipelines.clips", "pipelines.views", "pipelines.video", "pipelines.decoding"),
+    *("pipelines.catalog", "pipelines.tars", "cil.images", "cil.moments", "cil.draws"),
+    *("cil.metrics.motion", "cil.metrics.clips", "cil.metrics.duplicates"),
 )
 SHAPING = (  # of the keys of `cache`, what shapes a clip or a part
     *("stride", "fps", "views_per_video", "flip", "condition", "crop", "validation", "test", "videos_per_part"),
@@ -81,9 +75,9 @@ class Cache:
     def path(self, part: str, ending: str = "arrow") -> str:
         return storage.join(self.uri, "parts", f"{part}.{ending}")
 
-    @property
-    def index(self) -> str:
-        return storage.join(self.manifest.uri, INDEX)
+    def index(self) -> pa.Table:
+        """Of every clip all but its tensors, by clip_id: mapped into memory, wherever the cache is."""
+        return _table(str(storage.kept_copy(storage.join(self.manifest.uri, INDEX))))
 
 
 def build_cache(config: Config) -> Cache:
@@ -95,8 +89,8 @@ def build_cache(config: Config) -> Cache:
         size = f"{family.frames} x {family.height} x {family.width}"
         raise UserError(f"family: clips of {size}; a motion score needs 2 frames of {SMALLEST} x {SMALLEST} or more")
     folder = Artifact(storage.join(config.out, "cache"), KIND, encoding_of(config, family))
-    identity = {"encoding": folder.identity, "catalog": catalog.digest}
-    name = artifact.fingerprint([folder.fingerprint, catalog.digest])
+    identity = {"encoding": folder.identity, "catalog": catalog.digest, "code": artifact.code("pipelines.cache")}
+    name = artifact.fingerprint(identity)
     snapshot = Artifact(folder.path("snapshots", name), SNAPSHOT, identity)
     if snapshot.finished:
         print(f"{KIND}: snapshot {name} of {folder.uri} is finished; nothing to do")
@@ -141,22 +135,22 @@ def encoding_of(config: Config, family: Family) -> Identity:
 
 def _latest(folder: str, name: str) -> Cache:
     """What later jobs use unless they are told otherwise."""
-    pointer = storage.join(folder, LATEST)
-    said = json.dumps({"snapshot": name}).encode()
-    if not storage.exists(pointer) or storage.read(pointer) != said:
-        storage.write(pointer, said)
+    if _latest_name(folder) != name:
+        storage.write(storage.join(folder, LATEST), json.dumps({"snapshot": name}).encode())
     return Cache(folder, artifact.read_manifest(storage.join(folder, "snapshots", name), SNAPSHOT))
+
+
+def _latest_name(folder: str) -> str | None:
+    pointer = storage.join(folder, LATEST)
+    return json.loads(storage.read(pointer))["snapshot"] if storage.exists(pointer) else None
 
 
 def read_cache(config: Config) -> Cache:
     """The snapshot that the configuration names, or the latest one, of this configuration's family and size."""
     folder = storage.join(config.out, "cache")
-    name = config.cache.snapshot
+    name = config.cache.snapshot or _latest_name(folder)
     if name is None:
-        pointer = storage.join(folder, LATEST)
-        if not storage.exists(pointer):
-            artifact.refuse_unfinished(folder, KIND)
-        name = json.loads(storage.read(pointer))["snapshot"]
+        artifact.refuse_unfinished(folder, KIND)
     cache = Cache(folder, artifact.read_manifest(storage.join(folder, "snapshots", name), SNAPSHOT))
     refuse_other_family(KIND, folder, cache.encoding["family"], config)
     return cache
@@ -178,15 +172,13 @@ def _planned(snapshot: Artifact, folder: str, catalog: Catalog, size: int) -> pa
     """Of every row of the catalog its hash and its part: written down when the work begins, then kept to."""
     uri = snapshot.path(PLAN)
     if not storage.exists(uri):
-        storage.write(uri, _ipc(plan_of(folder, catalog, size)))
+        storage.write(uri, to_ipc(plan_of(folder, catalog, size)))
     return _table(uri)
 
 
 def plan_of(folder: str, catalog: Catalog, size: int) -> pa.Table:
     """Beginning with the parts of the latest snapshot."""
-    pointer = storage.join(folder, LATEST)
-    base = json.loads(storage.read(pointer))["snapshot"] if storage.exists(pointer) else "none"
-    old = storage.join(folder, "snapshots", base, PLAN)  # which somebody may have removed
+    old = storage.join(folder, "snapshots", _latest_name(folder) or "none", PLAN)  # which somebody may have removed
     before = _table(old) if storage.exists(old) else None
     return plan_parts(hashes_of(catalog), before, size)
 
@@ -295,7 +287,7 @@ def _finish(folder: Artifact, snapshot: Artifact, plan: pa.Table, views: int) ->
     clips, rejected = len(index), sum(reject["clips"] for reject in rejects)
     if clips + rejected != planned:
         raise AssertionError(f"{snapshot.uri}: {planned} clips planned, but {clips} made and {rejected} rejected")
-    storage.write(snapshot.path(INDEX), _ipc(index))
+    storage.write(snapshot.path(INDEX), to_ipc(index))
     storage.write_rows(snapshot.path(REJECTS), rejects)
     counts = {"planned": planned, "clips": clips, "rejected": rejected, "rejected_videos": len(rejects)}
     counts["bytes"] = sum(part["bytes"] for part in parts)
@@ -344,10 +336,3 @@ def opened(uri: str) -> pa.ipc.RecordBatchFileReader:
             f"{uri} is damaged ({error}): remove it (of a part all three files) and manifest.json of the snapshots "
             "that cite it, and run jobs.build_cache again"
         ) from None
-
-
-def _ipc(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    return sink.getvalue().to_pybytes()

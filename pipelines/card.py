@@ -44,7 +44,7 @@ def show_cache(config: Config) -> None:
 
 def card(cache: Cache) -> str:
     encoding, counts = cache.encoding, cache.counts
-    index = opened(str(storage.kept_copy(cache.index))).read_all()
+    index = cache.index()
     splits = Counter(index["split"].to_pylist())
     reasons = Counter(row["reason"] for row in storage.read_rows(storage.join(cache.manifest.uri, REJECTS)))
     family = encoding["family"]
@@ -86,7 +86,7 @@ def verify(config: Config, cache: Cache) -> None:
     damaged = []
     maker = MomentsMaker(config.model_dump(), cache.uri)
     again = set(np.linspace(0, len(cache.parts) - 1, min(LOOKED_AT, len(cache.parts))).astype(int))
-    index = opened(str(storage.kept_copy(cache.index))).read_all()
+    index = cache.index()
     numbers, rows, splits = (index[name].to_numpy(zero_copy_only=False) for name in ("part", "row", "drawn_split"))
     for i, part in enumerate(cache.parts):
         for ending, digest in (("arrow", "sha256"), ("moments", "moments_sha256")):

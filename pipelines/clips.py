@@ -9,6 +9,7 @@ import json
 import posixpath
 import time
 from bisect import bisect_left
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -94,7 +95,7 @@ class PartMaker:
         if video.problem:
             raise BadVideo(cast(Reason, video.problem), PROBLEMS[video.problem])
         for source in video.sources:
-            if storage.exists(source):
+            with suppress(FileNotFoundError, NotADirectoryError):  # to ask first would be a second request
                 return storage.read(source) if video.size < 0 else storage.read_range(source, video.offset, video.size)
         # Without the folder: a cache has the same bytes wherever its videos lie.
         files = sorted({posixpath.basename(source) for source in video.sources})
@@ -163,7 +164,7 @@ class PartMaker:
             layout[tensor] = _layout(tensor, values, "place")
         moments = self._moments(rows, stacked).to_bytes()
         table = pa.table({**dict(zip(CLIP.names, known.columns, strict=True)), **columns})
-        data = _ipc(table.replace_schema_metadata({"tensors": json.dumps(layout)}))
+        data = to_ipc(table.replace_schema_metadata({"tensors": json.dumps(layout)}))
         for tensor, begin in _offsets(data, layout).items():
             layout[tensor]["offset"] = begin
 
@@ -177,7 +178,7 @@ class PartMaker:
             "bytes": str(len(data)),
         }
         index = known.drop_columns(["frame_indices"]).append_column("place", pa.array(places, pa.int32()))
-        return bytes(_ipc(index.replace_schema_metadata(said))), len(data)
+        return bytes(to_ipc(index.replace_schema_metadata(said))), len(data)
 
     def _moments(self, rows: list[dict[str, Any]], stacked: dict[str, torch.Tensor]) -> Moments:
         train = [i for i, row in enumerate(rows) if row["split"] == "train"]
@@ -199,7 +200,7 @@ def _layout(name: str, values: torch.Tensor, by: str) -> dict[str, Any]:
     return {"shape": list(values.shape[1:]), "dtype": str(values.dtype).removeprefix("torch."), "by": by}
 
 
-def _ipc(table: pa.Table) -> bytearray:
+def to_ipc(table: pa.Table) -> bytearray:
     """In memory that is taken once: a sink that grows would hold up to three times as much."""
     table, size = table.combine_chunks(), pa.MockOutputStream()
     with pa.ipc.new_file(size, table.schema) as writer:

@@ -209,6 +209,11 @@ class ConditioningConfig(Section):
         None, description="constant: noise level; default: the mean level of timenoise with this beta_m and a"
     )
 
+    def filled(self, timenoise: Any) -> "ConditioningConfig":
+        """With a family's beta_m and a where none are asked for."""
+        own = {name: getattr(timenoise, name) for name in ("beta_m", "a") if getattr(self, name) is None}
+        return self.model_copy(update=own)
+
 
 class RowConfig(Section):
     """One row of a study: the training settings, which are what its MLflow run has as parameters."""
@@ -362,8 +367,7 @@ class TrainingRow:
 
     def shaping(self, timenoise: Any) -> dict[str, Any]:
         """What shapes the weights, but for the weights it starts from. `timenoise`: the family's."""
-        noise = self.settings.conditioning.model_dump()
-        noise |= {name: getattr(timenoise, name) for name in ("beta_m", "a") if noise[name] is None}
+        noise = self.settings.conditioning.filled(timenoise).model_dump()
         return self.settings.model_dump(exclude={"weights", "seeds"}) | {"seed": self.seed, "conditioning": noise}
 
 

@@ -117,40 +117,27 @@ class _Child:
         self._decoder, self._seconds = decoder, seconds
         self._start()
 
-    def decode(
-        self,
-        data: bytes,
-        wanted: Callable[[int, float], Sequence[int]],
-        height: int,
-        width: int,
-        crop: Crop | None = None,
-    ) -> Decoded:
+    def decode(self, data: bytes, wanted: Callable[[int, float], Sequence[int]], *size: Any) -> Decoded:
+        """`size`: what `fit` takes."""
         if self._pipe.closed:
             raise RuntimeError("this DecodePool is closed")
         if self._process.poll() is not None:  # killed between two videos: no fault of this one
             self._restart()
         try:
-            return self._attempt(data, wanted, height, width, crop)
+            return self._attempt(data, wanted, *size)
         except _Died as first:
             try:
-                return self._attempt(data, wanted, height, width, crop)
+                return self._attempt(data, wanted, *size)
             except _Died as second:
                 message = f"the process that decoded it died: {first}; so did another one: {second}"
                 raise BadVideo("decoder_died", message) from None
 
-    def _attempt(
-        self,
-        data: bytes,
-        wanted: Callable[[int, float], Sequence[int]],
-        height: int,
-        width: int,
-        crop: Crop | None,
-    ) -> Decoded:
+    def _attempt(self, data: bytes, wanted: Callable[[int, float], Sequence[int]], *size: Any) -> Decoded:
         self._await_start()
         _write(self._memory.fileno(), data)
         count, fps = self._ask("open", len(data))
         indices = list(wanted(count, fps))
-        frames = torch.empty(self._ask("frames", indices, height, width, crop), dtype=torch.uint8)
+        frames = torch.empty(self._ask("frames", indices, *size), dtype=torch.uint8)
         _read(self._memory.fileno(), frames.numpy())
         return Decoded(frames, indices, count, fps)
 

@@ -235,10 +235,10 @@ def order_of(clips: ClipReader, row: RowConfig, seed: int) -> SampleOrder | Bala
 def conditioning_noise(config: ConditioningConfig, family: Family) -> ConditioningNoise:
     if config.kind == "none":
         return CleanCondition()
-    own = family.timenoise
-    timenoise = TimeNoise(
-        own.beta_m if config.beta_m is None else config.beta_m, own.a if config.a is None else config.a
-    )
+    told = config.filled(family.timenoise)
+    assert told.beta_m is not None
+    assert told.a is not None
+    timenoise = TimeNoise(told.beta_m, told.a)
     if config.kind == "timenoise":
         return timenoise
     return ConstantNoise(timenoise.mean_level() if config.level is None else config.level)

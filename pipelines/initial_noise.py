@@ -42,7 +42,7 @@ def make_initial_noise(config: Config) -> Manifest:
     if noise.finished:
         print(f"{KIND}: {noise.uri} is finished; nothing to do")
         return noise.manifest()
-    index = opened(str(storage.kept_copy(cache.index))).read_all()
+    index = cache.index()
     chosen = selected(index, "train", config.initial_noise.where)
     clips = int(chosen.sum())
     if clips < 2:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipelines import storage
-from pipelines.cache import AT_ONCE, Cache, opened
+from pipelines.cache import AT_ONCE, Cache
 from pipelines.config import Score, Where
 
 SCORES = get_args(Score)
@@ -31,10 +31,10 @@ class ClipReader:
     """The clips of one split with scores in the ranges of `where`, numbered in the order of their ids."""
 
     def __init__(self, cache: Cache, split: str | None, where: Where | None = None) -> None:
-        self._cache, self._where = cache, dict(where or {})
+        self._cache = cache
         self._parts, self._local = cache.parts, storage.is_local(cache.uri)
-        self.index = opened(str(storage.kept_copy(cache.index))).read_all()
-        self.rows = np.flatnonzero(selected(self.index, split, self._where))
+        self.index = cache.index()
+        self.rows = np.flatnonzero(selected(self.index, split, where or {}))
         self._part, self._row, self._place = (
             self.index[name].to_numpy()[self.rows] for name in ("part", "row", "place")
         )

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from av.stream import Disposition
 from torch import Tensor
-from torch.nn import functional as F
 
+from cil.images import cover
 from pipelines.errors import UserError
 
 Reason = Literal[
@@ -193,21 +193,12 @@ DECODERS: dict[str, type[Decoder]] = {"pyav": PyAVDecoder, "decord": DecordDecod
 
 
 def fit(frames: np.ndarray, height: int, width: int, crop: tuple[float, float, float, float] | None = None) -> Tensor:
-    """Resized to cover height x width with its aspect kept, then cropped to the centre: no bars, no stretching.
-
-    `crop`: what is kept of the picture before that.
-    """
+    """`crop`: what is kept of the picture. Then no bars, no stretching: cil.images.cover."""
     x = torch.from_numpy(frames)
     if crop is not None:
         top, left, bottom, right = (round(share * x.shape[1 + i % 2]) for i, share in enumerate(crop))
         x = x[:, top : max(bottom, top + 1), left : max(right, left + 1)]
-    if x.shape[1:3] == (height, width):
-        return x
-    scale = max(height / x.shape[1], width / x.shape[2])
-    size = [max(height, round(x.shape[1] * scale)), max(width, round(x.shape[2] * scale))]
-    x = F.interpolate(x.permute(0, 3, 1, 2), size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return x[:, top : top + height, left : left + width].contiguous()
+    return cover(x, height, width)
 
 
 def encode(frames: Tensor | np.ndarray, fps: int, crf: int = 10) -> bytes:

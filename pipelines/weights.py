@@ -17,7 +17,10 @@ from pipelines.errors import UserError
 from pipelines.models import family_code, refuse_other_family, refusing_weights, shape_of
 
 KIND = "weights"
-CODE = ("pipelines.finetune", "pipelines.reader", "cil.objectives", "cil.conditioning", "cil.processes", "cil.draws")
+CODE = (
+    *("pipelines.finetune", "pipelines.reader", "cil.objectives", "cil.conditioning"),
+    *("cil.processes", "cil.draws", "cil.moments"),
+)
 KINDS = {True: "ema", False: "raw"}  # subfolders, by whether weights are averaged
 
 

@@ -30,7 +30,6 @@ TOKENS_OF_AN_IMAGE = 16  # that the projector makes
 UNET, PROJECTOR = "model.diffusion_model.", "image_proj_model."
 VAE, TEXT, IMAGE = "first_stage_model.", "cond_stage_model.model.", "embedder.model."
 
-
 Rate = Literal["fps", "stride"]
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from cil import InitialNoise, Moments
 from cil.moments import outside
 from pipelines import storage
-from pipelines.cache import Cache, build_cache, opened
+from pipelines.cache import Cache, build_cache
 from pipelines.errors import UserError
 from pipelines.initial_noise import FILE, MomentsMaker, make_initial_noise, read_initial_noise
 from pipelines.reader import ClipReader
@@ -139,7 +139,7 @@ def test_what_leaves_nothing_is_refused_before_anything_is_written(override, sai
 
 def test_moments_made_again_have_the_bytes_of_those_that_the_part_was_made_with(built, settings, cache):
     maker = MomentsMaker(settings(built).model_dump(), cache.uri)
-    index = opened(cache.index).read_all().to_pandas()
+    index = cache.index().to_pandas()
     for number, part in enumerate(cache.parts):
         mine = index[(index["part"] == number) & (index["drawn_split"] == "train")]["row"]
         data, problem, _ = maker({"part": part["name"], "rows": sorted(mine)})

@@ -51,7 +51,7 @@ def test_every_row_is_a_clip_or_a_reject_with_its_reason(cache, ids):
 
 
 def test_copies_of_a_video_are_in_the_split_of_the_first_and_the_drawn_one_is_told(cache, ids):
-    index = opened(cache.index).read_all().to_pandas().set_index("videoid")
+    index = cache.index().to_pandas().set_index("videoid")
     of = {
         name: index.loc[ids[name], ["drawn_split", "split"]].drop_duplicates().to_numpy().tolist()
         for name in ids
@@ -126,7 +126,7 @@ def test_a_shorter_catalog_makes_only_the_rest_of_a_part_anew(built, settings, h
     assert len(here.made) == 1
     assert shorter.counts["planned"] == cache.counts["planned"] - 2
     assert {part["name"] for part in cache.parts} - {part["name"] for part in shorter.parts} == {cache.parts[1]["name"]}
-    assert ids["b1"] not in opened(shorter.index).read_all()["videoid"].to_pylist()
+    assert ids["b1"] not in shorter.index()["videoid"].to_pylist()
 
 
 def test_more_duplicates_of_an_id_are_more_rejects(built, settings, here, videos, ids):
