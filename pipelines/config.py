@@ -1,12 +1,11 @@
 """The one typed configuration tree: a YAML file, then dotted overrides (`cache.stride=2`), checked before any start."""
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
@@ -24,6 +23,7 @@ from pydantic import (
 )
 
 from pipelines.errors import UserError
+from pipelines.explain import explain
 
 
 def absolute(uri: str) -> str:
@@ -332,7 +332,7 @@ class Config(Section):
             try:
                 settings = RowConfig.model_validate(described)
             except ValidationError as error:
-                raise UserError(f"finetune.rows.{arm}.{_explain(error, described, RowConfig)}") from None
+                raise UserError(f"finetune.rows.{arm}.{explain(error, described, RowConfig)}") from None
             for seed in settings.seeds:
                 _add(rows, _row_name(arm, seed, settings.seeds), TrainingRow(arm, seed, settings))
         return rows
@@ -407,7 +407,7 @@ def load(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, tree)) from None
+        raise UserError(explain(error, tree, Config)) from None
     _check(config)
     return config
 
@@ -491,46 +491,3 @@ def _with_own(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict) and isinstance(RowConfig.model_fields[name].default, Section)
     }
     return shared | own | sections
-
-
-def _explain(error: ValidationError, tree: Any, root: type[BaseModel] = Config) -> str:
-    """In one line what is wrong first; where a value may be of several types, what each of them wants."""
-    errors = error.errors()
-    loc, kind = errors[0]["loc"], errors[0]["type"]
-    if kind == "extra_forbidden":
-        return _explain_unknown(loc, root)
-    places = [_written(each["loc"], tree) for each in errors]
-    same = [i for i, each in enumerate(errors) if each["loc"][: len(places[0])] == loc[: len(places[0])]]
-    at = max(same, key=lambda i: len(places[i]))
-    key, value = ".".join(map(str, places[at])), f"={errors[at]['input']}"
-    if loc[-1] == "[key]":
-        value = ""
-    elif kind == "missing":
-        key, value = (f"{key}.{loc[-1]}", "") if isinstance(loc[-1], str) else (key, value)
-    messages = [errors[i]["msg"].removeprefix("Value error, ").lower() for i in same if places[i] == places[at]]
-    return f"{key}{value}: {', or '.join(dict.fromkeys(messages))}"
-
-
-def _written(loc: tuple[int | str, ...], tree: Any) -> tuple[int | str, ...]:
-    """As much of a place as the user wrote: pydantic adds [key], or which type of several it tried."""
-    for depth, part in enumerate(loc):
-        if part in (tree if isinstance(tree, dict) else range(len(tree) if isinstance(tree, list | tuple) else 0)):
-            tree = tree[part]
-        elif depth + 1 < len(loc):
-            return loc[:depth] + _written(loc[depth + 1 :], tree)
-        else:
-            return loc[:depth]
-    return loc
-
-
-def _explain_unknown(loc: tuple[int | str, ...], root: Any) -> str:
-    section = root
-    for part in loc[:-1]:
-        if hasattr(section, "model_fields"):
-            section = section.model_fields[part].annotation
-        else:
-            section = get_args(section)[-1]  # of a dict or a list
-    allowed = list(section.model_fields)
-    near = difflib.get_close_matches(str(loc[-1]), allowed, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(allowed)}"
-    return f"{'.'.join(map(str, loc))}: there is no such key; {hint}"

@@ -1,22 +1,13 @@
-"""Figures and inputs of the reference implementation (golden/README.md), and one thread for all tests here."""
+"""Figures and inputs of the reference implementation (golden/README.md)."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from golden.fill import fill
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors here are so small that threads waiting for each other cost more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

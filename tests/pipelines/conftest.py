@@ -1,12 +1,11 @@
 """A small cache with everything in it, made in this process without Ray."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from in_process import DecodeHere, Here
 
 from pipelines.cache import Cache, build_cache
@@ -40,15 +39,6 @@ VIDEOS = {
     "f1": ("train", "text"),
 }
 LONGER = {"g0": ("train", ""), "g1": ("test", "")}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Networks here are so small that threads waiting for each other cost more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
