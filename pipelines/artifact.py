@@ -66,8 +66,7 @@ class Artifact:
         storage.write(self.path("config.json"), configuration.encode())
 
     def finish(self, counts: dict[str, int], **content: Any) -> Manifest:
-        software = {name: _version(name) for name in SOFTWARE}
-        body = self._header() | {"counts": counts, "content": content, "software": software}
+        body = self._header() | {"counts": counts, "content": content, "software": versions()}
         storage.write(self.path("manifest.json"), json.dumps(body, indent=1).encode())
         self.finished = True
         return read_manifest(self.uri, self.kind)
@@ -135,6 +134,10 @@ def _read_json(uri: str) -> dict[str, Any]:
     if not isinstance(body, dict) or not {"kind", "schema_version", "fingerprint", "identity"} <= body.keys():
         raise UserError(f"{uri} is not one of ours: remove its folder, and run the job that makes it again")
     return body
+
+
+def versions() -> dict[str, str]:
+    return {name: _version(name) for name in SOFTWARE}
 
 
 def _version(package: str) -> str:

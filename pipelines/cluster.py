@@ -37,6 +37,25 @@ def workers(gpus: float = 0) -> int:
     return int(have["GPU"] / gpus if gpus else have.get("CPU", 1))
 
 
+def gpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def gpu_memory() -> int:
+    """Bytes of a GPU of the cluster."""
+    import ray
+
+    @ray.remote(num_gpus=1)
+    def ask() -> int:
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
+
+    return int(ray.get(ask.remote()))
+
+
 def refuse_unplaceable(workers: int, gpu: bool) -> None:
     """More workers than the cluster has resources for would wait for ever."""
     import ray

@@ -198,7 +198,7 @@ class ShowCacheConfig(Section):
 class ConditioningConfig(Section):
     """What is done to the conditional image in training."""
 
-    kind: Literal["none", "timenoise", "constant"] = Field("none", description="none is naive fine-tuning")
+    kind: Literal["none", "timenoise", "constant", "cdm"] = Field("none", description="none is naive fine-tuning")
     beta_m: NonNegativeFloat | None = Field(
         None, description="timenoise: largest noise level; default: the family's (docs/families.md)"
     )
@@ -206,13 +206,26 @@ class ConditioningConfig(Section):
         None, description="timenoise: mu(t) = 2 t^a - 1, lower means more noise at middle t; default: the family's"
     )
     level: NonNegativeFloat | None = Field(
-        None, description="constant: noise level; default: the mean level of timenoise with this beta_m and a"
+        None,
+        description="constant: the level, cdm: the largest one; default: so that its mean is that of timenoise",
     )
 
     def filled(self, timenoise: Any) -> "ConditioningConfig":
         """With a family's beta_m and a where none are asked for."""
         own = {name: getattr(timenoise, name) for name in ("beta_m", "a") if getattr(self, name) is None}
         return self.model_copy(update=own)
+
+
+class DropConfig(Section):
+    """Shares of samples trained without a part of their condition, for guidance."""
+
+    text: float = Field(0.0, description="without the text only", ge=0, le=1)
+    image: float = Field(0.0, description="without the image only", ge=0, le=1)
+    both: float = Field(0.0, description="without both", ge=0, le=1)
+
+    @property
+    def any(self) -> bool:
+        return self.text + self.image + self.both > 0
 
 
 class RowConfig(Section):
@@ -224,28 +237,66 @@ class RowConfig(Section):
     seeds: list[NonNegativeInt] = Field([0], description="one training for each", min_length=1)
     samples: PositiveInt = Field(640, description="clips seen in the whole training")
     batch: PositiveInt = Field(16, description="clips of one optimiser step, over all workers")
+    train: Literal["full", "unet", "temporal", "lora"] = Field(
+        "full", description="all weights, all but an image projector's, the temporal layers', or LoRA adapters"
+    )
+    rank: PositiveInt = Field(16, description="lora: the adapters' rank")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the trained network; the optimiser keeps float32 weights beside it"
+    )
     lr: PositiveFloat = Field(5e-4, description="peak learning rate of AdamW")
-    warmup: int = Field(80, description="clips over which the learning rate rises; it falls as a cosine to 0", ge=0)
+    weight_decay: NonNegativeFloat = Field(1e-2, description="AdamW's")
+    warmup: int = Field(80, description="clips over which the learning rate rises", ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how it falls to 0 after that, or does not"
+    )
     clip_norm: PositiveFloat = Field(1.0, description="gradients are clipped to this norm")
     ema: float = Field(0.95, description="decay a step of the averaged weights", ge=0, lt=1)
-    drop: float = Field(0.0, description="share of samples trained without condition, for guidance", ge=0, le=1)
     where: Where = Field({}, description="train only on clips with scores in a range: {motion: [0.1, null]}")
     balance: Score | None = Field(None, description="a score of which clips of every size are seen equally often")
     unmarked: bool = Field(False, description="leave cache.watermark out of the loss")
+    drop: DropConfig = DropConfig()
     conditioning: ConditioningConfig = ConditioningConfig()
+
+
+class ValidationConfig(Section):
+    """What is looked at of held-out clips while a row is trained."""
+
+    clips: PositiveInt = Field(32, description="whose loss and one-step predictions are measured at fixed t")
+    samples: int = Field(4, description="clips that are sampled, from the same noise each time", ge=0)
+    steps: PositiveInt = Field(12, description="of that sampling")
 
 
 class FinetuneConfig(Section):
     """jobs.finetune: how the rows of the study are trained."""
 
     workers: PositiveInt = Field(2, description="Ray Train workers")
-    gpu: bool = Field(False, description="one GPU a worker, NCCL; else CPUs, gloo")
-    zero_stage: Literal[0, 1, 2] = Field(1, description="DeepSpeed ZeRO stage")
+    gpu: bool | None = Field(None, description="one GPU a worker, NCCL, or CPUs, gloo; default: as the cluster has")
+    deepspeed: str = Field(
+        "auto", description="ZeRO: a profile of infra/deepspeed (zero-1, zero-3-offload ...) or a .json file"
+    )
+    micro_batch: PositiveInt | None = Field(
+        None, description="clips that a worker holds at once, of its share of a batch; default: all"
+    )
+    recompute: bool = Field(False, description="activations anew in the backward pass: less memory, more time")
     checkpoint_every: PositiveInt = Field(1600, description="clips from one checkpoint to the next")
+    keep: PositiveInt = Field(2, description="checkpoints kept, the newest ones; beside them the best one")
+    validate_every: PositiveInt | None = Field(None, description="clips from one look at held-out clips to the next")
+    validation: ValidationConfig = ValidationConfig()
+    on_nan: Literal["stop", "skip"] = Field(
+        "stop", description="NaN or inf: stop, or go back to the last checkpoint and leave that batch out"
+    )
     log_every: PositiveInt = Field(80, description="clips from one point of the curves to the next")
     max_failures: int = Field(3, description="how often Ray Train may restart the workers", ge=0)
     row: RowConfig = Field(RowConfig(), description="what all rows share")
     rows: dict[str, dict[str, Any]] = Field({"base": {}}, description="the rows, each with what it has of its own")
+
+
+class ExportConfig(Section):
+    """jobs.export: which checkpoint becomes weights."""
+
+    row: str = Field("base", description="of finetune.rows, with its seed where it has several: naive-11")
+    checkpoint: Literal["last", "best"] | NonNegativeInt = Field("last", description="or the number of its clips seen")
 
 
 class GenerateRowConfig(Section):
@@ -319,6 +370,7 @@ class Config(Section):
     show_cache: ShowCacheConfig = ShowCacheConfig()
     initial_noise: InitialNoiseConfig = InitialNoiseConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    export: ExportConfig = ExportConfig()
     generate: GenerateConfig = GenerateConfig()
     score: ScoreConfig = ScoreConfig()
     compare: CompareConfig = CompareConfig()
@@ -425,6 +477,14 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"finetune.rows.{name}.batch={row.batch} does not divide by finetune.workers={config.finetune.workers}"
             )
+        share, micro = row.batch // config.finetune.workers, config.finetune.micro_batch
+        if micro and share % micro:
+            raise UserError(
+                f"finetune.micro_batch={micro}: a worker's share of {name}'s batch, {share}, has to divide by it"
+            )
+        drop = row.drop
+        if drop.text + drop.image + drop.both > 1:
+            raise UserError(f"finetune.rows.{name}.drop: {drop.text} + {drop.image} + {drop.both} is above 1")
         for key in ("samples", "warmup"):
             if getattr(row, key) % row.batch:
                 raise UserError(f"finetune.rows.{name}.{key}={getattr(row, key)}: a multiple of batch={row.batch}")
@@ -445,9 +505,11 @@ def _check(config: Config) -> None:
         raise UserError(f"cache.stride={stride}: [least, most]")
     if config.cache.validation + config.cache.test >= 1:
         raise UserError("cache.validation + cache.test: below 1, or nothing is left to train on")
-    if config.finetune.checkpoint_every % config.finetune.log_every:
-        every = f"finetune.checkpoint_every={config.finetune.checkpoint_every}"
-        raise UserError(f"{every}: a multiple of finetune.log_every={config.finetune.log_every}")
+    for key in ("checkpoint_every", "validate_every"):
+        every = getattr(config.finetune, key)
+        if every is not None and every % config.finetune.log_every:
+            wanted = f"a multiple of finetune.log_every={config.finetune.log_every}"
+            raise UserError(f"finetune.{key}={every}: {wanted}")
     if config.tracking.uri and urlsplit(config.tracking.uri).password:
         raise UserError(
             "tracking.uri holds a password: give it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
@@ -455,8 +517,12 @@ def _check(config: Config) -> None:
     if config.shapes.min_speed > config.shapes.max_speed:
         raise UserError(f"shapes.min_speed={config.shapes.min_speed}: at most max_speed={config.shapes.max_speed}")
     for generated in config.evaluation_rows().values():
-        if generated.settings.guidance != 1 and generated.weights in rows and not rows[generated.weights].settings.drop:
-            raise UserError(f"generate.rows.{generated.arm}.guidance: {generated.weights} was trained with drop=0")
+        if (
+            generated.settings.guidance != 1
+            and generated.weights in rows
+            and not rows[generated.weights].settings.drop.any
+        ):
+            raise UserError(f"generate.rows.{generated.arm}.guidance: {generated.weights} was trained without drop")
     known = ["real", *config.arms()]
     for claim in config.compare.claims:
         for named in (claim.row, claim.against):

@@ -18,6 +18,11 @@ class Curve:
     def _clear(self) -> None:
         self.sums = torch.zeros(2, BUCKETS, dtype=torch.float64, device=self.device)
         self.begin = time.perf_counter()
+        self.waited = self.norm = 0.0  # seconds for data, on this rank; of the last step's gradients, on all
+
+    def left_out(self, seconds: float) -> None:
+        """Which were not training."""
+        self.begin += seconds
 
     def add(self, loss: Tensor, u: Tensor) -> None:
         """u: the time in [0, 1] of each loss."""
@@ -31,7 +36,12 @@ class Curve:
         dist.all_reduce(self.sums)
         loss, count = self.sums.cpu()
         seconds = time.perf_counter() - self.begin
-        values = {"loss": float(loss.sum() / count.sum()), "samples_per_second": float(count.sum()) / seconds}
+        values = {
+            "loss": float(loss.sum() / count.sum()),
+            "gradient_norm": self.norm,
+            "samples_per_second": float(count.sum()) / seconds,
+            "data_wait": self.waited / seconds,
+        }
         for bucket in range(BUCKETS):
             if count[bucket]:
                 values[f"loss_t{bucket * 1000 // BUCKETS:03d}"] = float(loss[bucket] / count[bucket])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 # Seconds, not the seven minutes that botocore waits by default for an endpoint that accepts and never answers. Between
 # attempts botocore waits, longer each time.
@@ -97,8 +97,8 @@ def write(uri: str, data: bytes | bytearray) -> None:
         with _remote(uri) as remote:
             remote.pipe_file(uri, data)
         return
-    with _in_place_of(uri) as file:
-        file.write(data)
+    with creating(uri) as path:
+        path.write_bytes(data)
 
 
 def remove(uri: str) -> None:
@@ -112,26 +112,32 @@ def remove(uri: str) -> None:
 def put(local: Path, uri: str) -> None:
     """A file of any size, to stand at `uri` whole or not at all."""
     if is_local(uri):
-        with local.open("rb") as source, _in_place_of(uri) as file:
-            shutil.copyfileobj(source, file)
+        with creating(uri) as path:
+            shutil.copyfile(local, path)
         return
     with _remote(uri) as remote:
         remote.put_file(str(local), uri)
 
 
 @contextmanager
-def _in_place_of(path: str) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when it is whole, and is gone if it never is."""
-    folder = os.path.dirname(path)
+def creating(uri: str) -> Iterator[Path]:
+    """A path to write to, which takes the place of `uri` when it is whole, and is gone if it never is."""
+    if not is_local(uri):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, posixpath.basename(uri))
+            yield path
+            put(path, uri)
+        return
+    folder = os.path.dirname(uri)
     os.makedirs(folder, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".unfinished-")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
+        yield Path(temporary)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(temporary, uri)
     except BaseException:
         os.unlink(temporary)
         raise

@@ -1,15 +1,23 @@
 """The one place that talks to MLflow: a study is an experiment, each of its rows a run, found again by fingerprint."""
 
 import contextlib
+import json
+import os
+import posixpath
 import socket
+import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipelines import storage
+from pipelines.artifact import Manifest
 from pipelines.config import Config
-from pipelines.errors import UserError
+from pipelines.errors import Unfinished, UserError
 
 
 def store_uri(config: Config) -> str:
@@ -54,8 +62,30 @@ class Run:
         now = int(time.time() * 1000)
         self._client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in new.items()])
 
-    def text(self, name: str, text: str) -> None:
-        self._client.log_text(self.id, text, name)
+    def file(self, name: str, data: bytes) -> None:
+        """`name`: folders and all, in the run's artifacts."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, posixpath.basename(name))
+            path.write_bytes(data)
+            self._client.log_artifact(self.id, str(path), posixpath.dirname(name) or None)
+
+    def register(self, name: str, weights: Manifest) -> None:
+        """In the model registry by URI and digest: nothing is copied. Once, whatever is run again."""
+        from mlflow.exceptions import MlflowException
+
+        with contextlib.suppress(MlflowException):  # it is there already
+            self._client.create_registered_model(name)
+        digest = f"tags.`cil.fingerprint` = '{weights.fingerprint}'"
+        if not self._client.search_model_versions(f"name = '{name}' and {digest}"):
+            card = {
+                "uri": weights.uri,
+                "fingerprint": weights.fingerprint,
+                **weights.identity,
+                "counts": weights.counts,
+            }
+            self.file("model/card.json", json.dumps(card, indent=1).encode())
+            tags = {"cil.fingerprint": weights.fingerprint, "cil.uri": weights.uri}
+            self._client.create_model_version(name, f"runs:/{self.id}/model", self.id, tags=tags)
 
     def finish(self) -> None:
         self._client.set_terminated(self.id)
@@ -64,6 +94,101 @@ class Run:
         if name not in self._last:
             self._last[name] = max((m.step for m in self._client.get_metric_history(self.id, name)), default=-1)
         return self._last[name]
+
+
+class Feed:
+    """A run that is told from a loop which never waits: a thread sends, and tries again while the server is away."""
+
+    PATIENCE = 1800  # seconds that `flush` waits for a server that has gone
+    LONGEST = 15  # seconds between two attempts
+
+    def __init__(self, config: Config, name: str, stage: str, fingerprint: str) -> None:
+        # Else one call may take a quarter of an hour to fail.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        self._open = lambda: Run(config, name, stage, fingerprint)
+        self._waiting: deque[tuple[str, tuple[Any, ...]]] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self.problem = ""  # why nothing can be sent now
+        threading.Thread(target=self._send, daemon=True).start()
+
+    def parameters(self, values: dict[str, Any]) -> None:
+        self._tell("parameters", values)
+
+    def tags(self, values: dict[str, Any]) -> None:
+        self._tell("tags", values)
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        self._tell("metrics", values, step)
+
+    def file(self, name: str, data: bytes) -> None:
+        self._tell("file", name, data)
+
+    def register(self, name: str, weights: Manifest) -> None:
+        self._tell("register", name, weights)
+
+    def again(self, unsent: list[Any]) -> None:
+        """Points that an earlier attempt could not send."""
+        for values, step in unsent:
+            self.metrics(values, step)
+
+    def unsent(self) -> list[Any]:
+        with self._changed:
+            return [list(told) for what, told in self._waiting if what == "metrics"]
+
+    def flush(self) -> None:
+        """Returns when all is sent."""
+        end = time.monotonic() + self.PATIENCE
+        with self._changed:
+            while self._waiting:
+                if time.monotonic() > end:
+                    raise Unfinished(f"the tracking server cannot be reached ({self.problem})")
+                self._changed.wait(1)
+
+    def finish(self) -> None:
+        self._tell("finish")
+        self.flush()
+        self.close()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _tell(self, what: str, *told: Any) -> None:
+        with self._changed:
+            self._waiting.append((what, told))
+            self._changed.notify_all()
+
+    def _send(self) -> None:
+        run: Run | None = None
+        pause = 1.0
+        while True:
+            with self._changed:
+                while not self._waiting and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return
+                what, told = self._waiting[0]
+            try:
+                run = run or self._open()
+                getattr(run, what)(*told)
+            except Exception as error:  # MLflow's, its server's, SQLAlchemy's: whatever it is, training goes on
+                if not self.problem:
+                    print(f"tracking: {_one_line(error)}; tried again until it works", flush=True)
+                self.problem = _one_line(error)
+                time.sleep(pause)
+                pause = min(2 * pause, self.LONGEST)
+                continue
+            self.problem, pause = "", 1.0
+            with self._changed:
+                self._waiting.popleft()
+                self._changed.notify_all()
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def refuse_unreachable(config: Config) -> None:

@@ -1,25 +1,28 @@
 """A network's weights: fine-tuned ones as an artifact of ours, or published ones, a file or a folder at a URI."""
 
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cil.checkpoints import digest
 from cil.families import Family
+from cil.trainable import freeze
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import Cache
-from pipelines.config import PUBLISHED, Config, TrainingRow
+from pipelines.config import PUBLISHED, Config, RowConfig, TrainingRow
 from pipelines.errors import UserError
 from pipelines.models import family_code, refuse_other_family, refusing_weights, shape_of
 
 KIND = "weights"
 CODE = (
-    *("pipelines.finetune", "pipelines.reader", "cil.objectives", "cil.conditioning"),
-    *("cil.processes", "cil.draws", "cil.moments"),
+    *("pipelines.trainer", "pipelines.shards", "pipelines.zero", "pipelines.reader"),
+    *("cil.objectives", "cil.conditioning", "cil.processes", "cil.draws", "cil.moments", "cil.trainable"),
 )
 KINDS = {True: "ema", False: "raw"}  # subfolders, by whether weights are averaged
 
@@ -100,6 +103,18 @@ def network_of(config: Config, family: Family, row: str | None, seed: int = 0, a
         if row is None:
             return family.network(seed)
         return family.network(seed, family.restore(_files(config, family, row, averaged), averaged))
+
+
+def trained_network(
+    config: Config, family: Family, row: RowConfig, seed: int, stored: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """The network that a row trains, with what it is not to train frozen, and in it what is stored of its training."""
+    net = freeze(network_of(config, family, row.weights, seed), family, row.train, row.rank, seed)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if stored is not None and parameter.requires_grad:
+                parameter.copy_(stored[name])
+    return net
 
 
 def _made_here(row: str) -> bool:

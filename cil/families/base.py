@@ -80,6 +80,8 @@ class Family(ABC):
     timenoise: TimeNoise  # in the dose that is advised
     scaling_factor: float  # of the latents: what the VAE's output is multiplied with
     multiple: int  # height and width are multiples of it, in pixels
+    temporal: str  # a pattern that the names of those weights have in them which look over time
+    projector: str = ""  # what the names of weights begin with that only make tokens of the image
 
     def __init__(
         self, preset: str, frames: int | None, height: int | None, width: int | None, options: Options
@@ -150,6 +152,10 @@ class Family(ABC):
     def drop(self, condition: Condition, dropped: Dropped) -> Condition:
         """The condition without what is dropped: zeros, of a condition that is all image."""
         return {name: value * per_sample(~dropped.image, value) for name, value in condition.items()}
+
+    def recompute(self, net: nn.Module) -> None:
+        """From now on the backward pass computes activations anew: less memory, more time."""
+        raise ValueError(f"the networks of the family {self.name} cannot recompute activations")
 
     def loss_weight(self, t: Tensor) -> Tensor:
         return torch.ones_like(t, dtype=torch.float32)

@@ -114,6 +114,7 @@ class I2VGenXL(CaptionedFamily):
     """From a published pipeline's folder."""
 
     name = "i2vgenxl"
+    temporal = r"temp_convs|temp_attentions|transformer_in|image_latents_temporal"
     encoding = ("cil.families.captions", "cil.families.sd_vae", "cil.nets.openclip")
     modules = (*encoding, "cil.recipes")
     networks: Configs

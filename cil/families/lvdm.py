@@ -93,6 +93,8 @@ class LVDM(CaptionedFamily):
     )
     modules = (*encoding, "cil.nets.lvdm", "cil.recipes")
     networks: Sizes
+    temporal = r"temopral_conv|init_attn|put_blocks\.\d+\.2\.|middle_block\.2\."
+    projector = PROJECTOR
     concatenated: bool  # the image latent is also an input of the UNet
 
     def __init__(
@@ -271,6 +273,11 @@ class LVDM(CaptionedFamily):
         grey = torch.full((1, self.image_size, self.image_size, 3), 128, dtype=torch.uint8)
         with torch.no_grad():
             return {"text": self._empty_caption, "clip": self._clip(grey.to(self.frozen["image"].device))}
+
+    def recompute(self, net: nn.Module) -> None:
+        for module in net.modules():
+            if isinstance(module, LVDMUNet):
+                module.gradient_checkpointing = True
 
     def denoise(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         kind = precision_of(net)

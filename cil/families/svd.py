@@ -62,6 +62,8 @@ class SVD(SDVAEFamily):
         "1024": Preset(PUBLISHED, 14, 576, 1024),
     }
 
+    temporal = r"temporal_|time_mixer|time_pos_embed"
+
     @property
     def levels(self) -> int:
         return len(self.networks.unet.get("block_out_channels", range(4)))
@@ -136,6 +138,10 @@ class SVD(SDVAEFamily):
         x = torch.cat([x, condition["image"]], dim=2).to(kind)
         answer: Tensor = net(x, time, condition["clip"].to(kind), condition["ids"], return_dict=False)[0]
         return answer.float()
+
+    def recompute(self, net: nn.Module) -> None:
+        untyped: Any = net
+        untyped.enable_gradient_checkpointing()
 
     def loss_weight(self, t: Tensor) -> Tensor:
         return edm_weight(t)

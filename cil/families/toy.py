@@ -30,6 +30,7 @@ class Toy(Family):
     prediction: Prediction = "x0"
     scaling_factor = 1.0
     multiple = 2 * BLOCK
+    temporal = r"^fine_(in|out)_attention\."
     timenoise = TimeNoise(1.0, 5.0)
     lacks = tuple(vars(Options()))
     presets = {  # noqa: RUF012

@@ -18,7 +18,7 @@ DIFFERENT = {
     "warmup": "warmup: 0",
     "clip_norm": "clip_norm: 0.01",
     "ema": "ema: 0",
-    "drop": "drop: 0.9",
+    "drop": "drop: {both: 0.9}",
     "where": "where: {motion: [0.2, null]}",
     "balance": "balance: motion",
     "weights": "weights: null",

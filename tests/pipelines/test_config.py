@@ -117,7 +117,7 @@ def test_a_file_that_is_not_a_configuration_is_named(tmp_path, text):
 def test_an_override_replaces_what_the_file_has_at_that_place(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("generate: {rows: {base: {M: 900}, other: {M: 800}}}")
-    config = load(file, ["generate.rows={base: {}}", "generate.rows.base.guidance=2", "finetune.row.drop=0.1"])
+    config = load(file, ["generate.rows={base: {}}", "generate.rows.base.guidance=2", "finetune.row.drop.both=0.1"])
     assert list(config.generate.rows) == ["base"]
     assert (config.generate.rows["base"].M, config.generate.rows["base"].guidance) == (None, 2)
 

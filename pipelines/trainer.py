@@ -1,0 +1,284 @@
+"""One row of a study on one worker: the step, the curve, checkpoints, and what is done about a loss that is not finite.
+
+Nothing here asks how many workers there are or which ZeRO stage it is, but for the lanes of a batch: every draw is a
+function of (seed, position in the stream), and checkpoints keep ranges of parameters by their names.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cil import CDM, CleanCondition, ConstantNoise, Draws, Drops, Objective, TimeNoise
+from cil.conditioning import ConditioningNoise
+from cil.families import Family
+from pipelines import checkpoints, storage, zero
+from pipelines.artifact import Artifact, versions
+from pipelines.cache import Cache
+from pipelines.checkpoints import Stored
+from pipelines.config import ConditioningConfig, Config, RowConfig, TrainingRow
+from pipelines.curve import Curve
+from pipelines.errors import UserError
+from pipelines.export import training_of, write_stored
+from pipelines.models import counted_of, family_of
+from pipelines.reader import BalancedOrder, ClipReader, SampleOrder, lanes
+from pipelines.shards import Shards
+from pipelines.tracking import Feed
+from pipelines.validation import Validation
+from pipelines.weights import trained_network
+
+SKIPPED = "skipped.json"  # the batches that were left out, by the samples before them
+MOST = 10  # of them
+
+
+class NotFinite(ArithmeticError):
+    """A loss or a gradient of this step is NaN or infinite."""
+
+
+class RowTrainer:
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        row: TrainingRow,
+        made: Artifact,
+        cache: Cache,
+        profile: zero.Profile,
+        news: Callable[..., None],
+        leaving: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`news` is told how far rank 0 is; `leaving` says whether a node of these workers is about to go."""
+        self.config, self.settings, self.name, self.made, self.cache = config, config.finetune, name, made, cache
+        self.row, self.seed, self.profile, self.news, self.leaving = row.settings, row.seed, profile, news, leaving
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.family = family_of(config)
+        self.clips = ClipReader(cache, "train", self.row.where)
+        self.order = order_of(self.clips, self.row, self.seed)
+        self.objective = objective_of(config, self.family, self.row)
+        self.folder = training_of(config, name, made)
+        self.micro_batch = self.settings.micro_batch or self.row.batch // self.world
+        self.validation = Validation(config, self.family, cache) if self.settings.validate_every else None
+        self.run = self.open_run() if self.rank == 0 else None
+
+    def train(self) -> None:
+        """To the end; again from the last checkpoint where a batch is to be left out."""
+        while True:
+            self.begin()
+            try:
+                self.loop()
+                break
+            except NotFinite as error:
+                self.writer.wait()
+                self.leave_out(error)
+        self.finish()
+
+    def begin(self) -> None:
+        """The network, its optimiser and the position, as the last checkpoint has them."""
+        last = _agreed(checkpoints.found(self.folder)[-1:])
+        stored = Stored(last[0]) if last else None
+        self.samples = self.steps = 0  # clips seen, which is also the position in the stream; steps of the optimiser
+        self.validation_loss: float | None = None
+        net = trained_network(self.config, self.family, self.row, self.seed, stored)
+        if self.settings.recompute:
+            self.family.recompute(net)
+        self.engine = zero.engine_of(net, self.profile, self.row, self.micro_batch, self.world)
+        self.device = self.engine.device
+        self.shards = Shards(self.engine)
+        if stored:
+            self.samples, self.steps = stored.told["samples"], stored.told["steps"]
+            if self.run:
+                self.run.again(stored.told["unsent"])
+            self.validation_loss = stored.told.get("validation_loss")
+            self.shards.restore(stored.read, self.steps)
+            zero.set_loss_scale(self.engine, stored.told["loss_scale"])
+        self.saved, self.steps_before = self.samples, self.steps
+        self.writer = checkpoints.Writer(self.folder, self.shards, self.settings.keep)
+        self.skipped = _agreed(_skipped(self.folder))
+        self.curve = Curve(self.device)
+
+    def loop(self) -> None:
+        row, every = self.row, self.settings
+        starts = [s for s in range(self.samples, row.samples, row.batch) if s not in self.skipped]
+        steps = [lanes(s, row.batch, self.rank, self.world) for s in starts]
+        batches = self.clips.ahead([self.order(p) for p in positions] for positions in steps)
+        for start, positions in zip(starts, steps, strict=True):
+            before = time.perf_counter()
+            batch = next(batches)
+            self.curve.waited += time.perf_counter() - before
+            self.samples = start
+            self.step(positions, batch)
+            self.samples = start + row.batch
+            last = start == starts[-1]
+            if last or self.samples % every.log_every == 0:
+                self.log()
+            if self.validation and every.validate_every and (last or self.samples % every.validate_every == 0):
+                self.validate()
+            if last or self.samples % every.checkpoint_every == 0:
+                self.checkpoint()
+            if self.samples % every.log_every == 0 and self.leaving():
+                self.checkpoint()
+                self.writer.wait()
+
+    def step(self, positions: list[int], batch: Mapping[str, Tensor]) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate(self.row, self.samples)
+        losses = []
+        for begin in range(0, len(positions), self.micro_batch):
+            some = slice(begin, begin + self.micro_batch)
+            micro = {name: tensor[some].to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            draws = Draws([(self.seed, p) for p in positions[some]], self.device)
+            loss, t, _ = self.objective(self.family, self.engine, micro, draws)
+            norm = zero.step(self.engine, loss.mean(), self.row.clip_norm)
+            losses.append(loss.detach())
+            self.curve.add(loss, self.family.process.unit_time(t))
+        self.refuse_not_finite(positions, torch.cat(losses), norm)
+        self.curve.norm = norm
+        self.steps = self.steps_before + self.engine.global_steps - self.engine.skipped_steps
+        self.shards.average(self.row.ema)
+
+    def refuse_not_finite(self, positions: list[int], losses: Tensor, norm: float) -> None:
+        """On all ranks together, and with the ids of the clips."""
+        bad = torch.tensor(float(not torch.isfinite(losses).all()), device=self.device)
+        if self.row.precision != "float16":  # whose scale falls until gradients are finite
+            bad += not math.isfinite(norm)
+        dist.all_reduce(bad)
+        if bad:
+            mine = [p for p, loss in zip(positions, losses.tolist(), strict=True) if not math.isfinite(loss)]
+            everybodys: list[list[int]] = [[]] * self.world
+            dist.all_gather_object(everybodys, mine)
+            positions = sorted(p for each in everybodys for p in each)
+            what = "the loss" if positions else "a gradient"
+            positions = positions or list(range(self.samples, self.samples + self.row.batch))
+            ids = ", ".join(self.clips.known(self.order(p))["clip_id"] for p in positions[:20])
+            raise NotFinite(f"row {self.name}: {what} is not finite after {self.samples} samples, with the clips {ids}")
+
+    def leave_out(self, error: NotFinite) -> None:
+        last = checkpoints.found(self.folder)[-1:]
+        good = f"The last good checkpoint is {last[0]}" if last else "There is no checkpoint yet"
+        if self.settings.on_nan == "stop" or len(self.skipped) >= MOST:
+            raise UserError(
+                f"{error}. {good}; lower lr={self.row.lr}, or leave such batches out by finetune.on_nan=skip"
+            )
+        if self.rank == 0:
+            print(f"{error}; that batch is left out. {good}", flush=True)
+            rest = json.dumps(sorted([*self.skipped, self.samples])).encode()
+            storage.write(storage.join(self.folder, SKIPPED), rest)
+        dist.barrier()
+
+    def log(self) -> None:
+        values = self.curve.take()
+        values["lr"] = learning_rate(self.row, self.samples - self.row.batch)
+        values["skipped_batches"] = float(len(self.skipped) + self.engine.skipped_steps)
+        if self.run:
+            self.run.metrics(values, self.samples)
+            self.news(self.name, self.samples, self.row.samples, values["loss"])
+
+    def validate(self) -> None:
+        """Of the averaged weights, by all ranks together."""
+        assert self.validation is not None
+        begin = time.perf_counter()
+        self.shards.exchange()
+        self.engine.eval()
+        values, media = self.validation(self.engine, self.device)
+        self.engine.train()
+        self.shards.exchange()
+        self.validation_loss = values["validation/loss"]
+        if self.run:
+            self.run.metrics(values | {"validation/seconds": time.perf_counter() - begin}, self.samples)
+            for name, data in media.items():
+                self.run.file(f"validation/{self.samples:09d}/{name}", data)
+        self.curve.left_out(time.perf_counter() - begin)
+
+    def checkpoint(self) -> None:
+        if self.saved == self.samples:
+            return
+        begin = time.perf_counter()
+        self.writer.save(self.samples, self.told())
+        self.saved = self.samples
+        self.curve.left_out(time.perf_counter() - begin)
+
+    def told(self) -> dict[str, Any]:
+        """Beside what the shards hold."""
+        return {
+            "row": self.name,
+            "weights": self.made.fingerprint,
+            "steps": self.steps,
+            "clips": len(self.clips),
+            "skipped_batches": len(self.skipped),
+            "validation_loss": self.validation_loss,
+            "loss_scale": zero.loss_scale(self.engine),
+            "shapes": zero.shapes_of(self.engine.module),
+            "world": self.world,
+            "deepspeed": self.profile,
+            "unsent": self.run.unsent() if self.run else [],
+        }
+
+    def finish(self) -> None:
+        """The last checkpoint becomes the row's weights."""
+        self.samples = self.row.samples  # also where the last batch was left out
+        self.checkpoint()
+        self.writer.wait()
+        if self.run:
+            self.run.flush()  # before the row is finished: another run of the job would not come back to it
+            stored = Stored(checkpoints.found(self.folder)[-1])
+            manifest = write_stored(self.config, self.family, self.row, self.seed, stored, self.made)
+            self.run.register(f"{self.config.tracking.experiment}.{self.name}", manifest)
+            self.run.finish()
+
+    def open_run(self) -> Feed:
+        run = Feed(self.config, self.name, "train", self.made.fingerprint)
+        run.parameters({key: value for key, value in self.made.identity.items() if key != "code"})
+        tags = {"weights": self.made.uri, "world_size": self.world, "zero_stage": zero.stage_of(self.profile)}
+        run.tags(tags | {"cache": self.cache.fingerprint, "code": self.made.identity["code"]} | versions())
+        run.file("config.json", self.config.model_dump_json(indent=1).encode())
+        return run
+
+
+def objective_of(config: Config, family: Family, row: RowConfig) -> Objective:
+    counted = counted_of(config, family) if row.unmarked else None
+    return Objective(conditioning_noise(row.conditioning, family), Drops(**row.drop.model_dump()), counted)
+
+
+def order_of(clips: ClipReader, row: RowConfig, seed: int) -> SampleOrder | BalancedOrder:
+    return BalancedOrder(clips.values(row.balance), seed) if row.balance else SampleOrder(len(clips), seed)
+
+
+def conditioning_noise(config: ConditioningConfig, family: Family) -> ConditioningNoise:
+    if config.kind == "none":
+        return CleanCondition()
+    told = config.filled(family.timenoise)
+    assert told.beta_m is not None
+    assert told.a is not None
+    timenoise = TimeNoise(told.beta_m, told.a)
+    if config.kind == "timenoise":
+        return timenoise
+    level = config.level
+    if config.kind == "constant":
+        return ConstantNoise(timenoise.mean_level() if level is None else level)
+    return CDM(2 * timenoise.mean_level() if level is None else level)
+
+
+def learning_rate(row: RowConfig, samples: int) -> float:
+    """Rises over the warm-up, then falls to 0 at the end, or does not."""
+    if samples < row.warmup:
+        return row.lr * (samples + row.batch) / row.warmup
+    gone = (samples - row.warmup) / max(row.samples - row.warmup, 1)
+    shares = {"cosine": 0.5 * (1 + math.cos(math.pi * gone)), "linear": 1 - gone, "constant": 1.0}
+    return row.lr * shares[row.schedule]
+
+
+def _agreed(value: Any) -> Any:
+    """Rank 0's word, because another rank might look a moment later."""
+    said = [value]
+    dist.broadcast_object_list(said)
+    return said[0]
+
+
+def _skipped(folder: str) -> list[int]:
+    uri = storage.join(folder, SKIPPED)
+    return json.loads(storage.read(uri)) if storage.exists(uri) else []

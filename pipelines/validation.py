@@ -1,0 +1,93 @@
+"""What a network in training does with held-out clips: its loss at fixed times, how much its one-step prediction moves
+at each of them (where leakage shows), and clips that it samples from the same noise each time.
+
+All ranks take part, each with its own clips. The conditional image is clean, as when sampling.
+"""
+
+import io
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor
+
+from cil import CleanCondition, Draws, InitialNoise, sample
+from cil.families import Family
+from cil.metrics.motion import motion_score
+from pipelines.cache import Cache
+from pipelines.config import Config
+from pipelines.reader import ClipReader, SampleOrder
+from pipelines.video import encode
+
+TIMES = 10
+SEED = 0x0FF  # another stream of draws than training's, which has the row's seed
+FPS = 8
+
+
+class Validation:
+    def __init__(self, config: Config, family: Family, cache: Cache) -> None:
+        self.family, self.settings = family, config.finetune.validation
+        self.clips = ClipReader(cache, "validation")
+        order = SampleOrder(len(self.clips), SEED) if len(self.clips) else lambda position: position
+        self.numbers = [order(i) for i in range(min(len(self.clips), self.settings.clips))]
+        self.times = family.process.times(TIMES).flip(0)  # rising
+
+    @torch.no_grad()
+    def __call__(self, net: Any, device: torch.device) -> tuple[dict[str, float], dict[str, bytes]]:
+        """Figures, the same on all ranks, and on rank 0 files to look at."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        sums = torch.zeros(3, TIMES + 1, dtype=torch.float64)  # loss, motion, count; last the truth's
+        for i in range(0, len(self.numbers), world):
+            # ZeRO 3 calls the network on all ranks together: who has no clip left takes the last one, uncounted.
+            number = self.numbers[min(i + rank, len(self.numbers) - 1)]
+            sums += self.measured(net, number, device) * (i + rank < len(self.numbers))
+        gathered = [torch.zeros_like(sums) for _ in range(world)]
+        dist.all_gather_object(gathered, sums)
+        loss, motion, count = torch.stack(gathered).sum(0)
+        values = {"validation/motion_true": float(motion[-1] / count[-1])}
+        for k, t in enumerate(self.family.process.unit_time(self.times).tolist()):
+            values[f"validation/loss_t{1000 * t:03.0f}"] = float(loss[k] / count[k])
+            values[f"validation/motion_t{1000 * t:03.0f}"] = float(motion[k] / count[k])
+        values["validation/loss"] = float(loss[:-1].sum() / count[:-1].sum())
+        return values, self.media(net, device)
+
+    def measured(self, net: Any, number: int, device: torch.device) -> Tensor:
+        family, process = self.family, self.family.process
+        batch = {name: tensor.to(device) for name, tensor in self.clips.batch([number]).items()}
+        x0 = batch["latents"].float()
+        condition, _ = family.condition(batch, CleanCondition(), torch.zeros(1, device=device), None)
+        found = torch.zeros(3, TIMES + 1, dtype=torch.float64)
+        for k, t in enumerate(self.times.to(device)[:, None]):
+            eps = Draws([(SEED, number, k)], device).normal(*x0.shape[1:])
+            x_t = process.add_noise(x0, eps, t)
+            answer = family.denoise(net, x_t, t, condition)
+            error = (answer - process.target(family.prediction, x0, eps, t)) ** 2
+            predicted, _ = process.split(family.prediction, answer, x_t, t)
+            found[:, k] = torch.tensor(
+                [float(family.loss_weight(t) * error.mean()), motion_score(family.decode(predicted)[0].cpu()), 1]
+            )
+        found[1:, -1] = torch.tensor([motion_score(family.decode(x0)[0].cpu()), 1])
+        return found
+
+    def media(self, net: Any, device: torch.device) -> dict[str, bytes]:
+        """Sampled clips: a video of each, and a sheet of their first, middle and last frames."""
+        numbers = self.numbers[: self.settings.samples]
+        if not numbers:
+            return {}
+        family = self.family
+        batch = {name: tensor.to(device) for name, tensor in self.clips.batch(numbers).items()}
+        condition, _ = family.condition(batch, CleanCondition(), torch.zeros(len(numbers), device=device), None)
+        times = family.process.times(self.settings.steps)
+        draws = Draws([(SEED, number) for number in numbers], device)
+        x = InitialNoise.standard(family.latent_shape).sample(family.process, times[0], len(numbers), draws)
+        latents = sample(
+            lambda x_t, t: family.denoise(net, x_t, t, condition), x, family.process, times, family.prediction
+        )
+        if dist.get_rank():
+            return {}
+        clips = family.decode(latents).cpu()
+        looks = [0, family.frames // 2, family.frames - 1]
+        sheet = io.BytesIO()
+        Image.fromarray(torch.cat([torch.cat(list(clip[looks]), dim=1) for clip in clips]).numpy()).save(sheet, "PNG")
+        return {"sheet.png": sheet.getvalue()} | {f"{i}.mp4": encode(clip, FPS) for i, clip in enumerate(clips)}
