@@ -52,6 +52,7 @@ def finetune(config: Config) -> dict[str, Manifest]:
     refuse_unreachable(config)
     cluster.connect()
     cluster.refuse_unplaceable(config.finetune.workers, config.finetune.gpu)
+    cluster.refuse_unshared(config.out)
     cluster.refuse_local_store(store_uri(config))
     for name in missing:
         if described := describe_noise(rows[name].settings.conditioning, family):
