@@ -25,7 +25,7 @@ from pipelines import storage
 from pipelines.catalog import PROBLEMS, Catalog, Video
 from pipelines.config import Config
 from pipelines.decoding import DecodePool
-from pipelines.models import aesthetics_of, family_of
+from pipelines.models import aesthetics_of, device_of, family_of
 from pipelines.parts import Made
 from pipelines.video import DECODERS, BadVideo, Reason
 from pipelines.views import View, split_of, unit, views_of
@@ -64,8 +64,7 @@ class PartMaker:
 
         self.config, self.folder = Config.model_validate(config), folder
         self.catalog: Catalog = ray.get(catalog) if isinstance(catalog, ray.ObjectRef) else catalog
-        policy = self.config.cache
-        self.device = "cuda" if policy.gpus and torch.cuda.is_available() else "cpu"  # Ray shows a worker its own GPU
+        policy, self.device = self.config.cache, device_of(self.config)
         self.family = family_of(self.config).to(self.device)
         aesthetics = aesthetics_of(self.config)
         self.aesthetics = aesthetics and aesthetics.to(self.device)

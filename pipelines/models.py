@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cil import families
@@ -37,6 +38,11 @@ def _kept(key: str, uri: str) -> str:
     if not storage.exists(uri):
         raise UserError(f"{key}={uri}: there is nothing")
     return str(storage.kept_copy(uri))
+
+
+def device_of(config: Config) -> str:
+    """Where a worker encodes: on a GPU if it is to have a share of one. Ray shows it no other."""
+    return "cuda" if config.cache.gpus and torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from pipelines.cache import build_cache
+from pipelines.cache import build_cache, read_cache
 from pipelines.reader import ClipReader
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -46,33 +46,30 @@ from pipelines.errors import UserError
 
 ray.init("local", num_cpus=8, num_gpus=3, log_to_driver=False)
 try:
-    build_cache(load(None, sys.argv[1:]))
+    build_cache(load(sys.argv[1]))
 except UserError as error:
     print("refused:", error)
 cluster._sees_gpu = lambda: True
-print("workers:", cluster.workers(0), cluster.workers(0.4), cluster.workers(1), cluster.workers(0.1))
-build_cache(load(None, sys.argv[1:]))
+print("workers:", *(cluster.workers(gpus) for gpus in (0, 0.4, 1, 0.1)))
+build_cache(load(sys.argv[1]))
 """
 
 
 @no_gpu
 @pytest.mark.slow
 def test_gpus_that_ray_has_and_pytorch_does_not_see_are_refused_and_shares_of_them_are_workers(
-    tmp_path, videos, settings, cache
+    tmp_path, settings, cache
 ):
     """A cluster that only says it has three."""
-    config = settings(tmp_path, "cache.gpus=0.4")
-    (tmp_path / "run.py").write_text(CLUSTER)
-    (tmp_path / "config.json").write_text(config.model_dump_json())  # JSON is YAML
-    code = CLUSTER.replace("load(None, sys.argv[1:])", f"load({str(tmp_path / 'config.json')!r})")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    config, file = settings(tmp_path / "gpu", "cache.gpus=0.4"), tmp_path / "config.yaml"
+    file.write_text(config.model_dump_json())
+    done = subprocess.run(
+        [sys.executable, "-c", CLUSTER, file], capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
-    (refused,) = [line for line in said if line.startswith("refused:")]
-    assert refused.startswith("refused: cache.gpus=0.4: PyTorch sees no GPU where Ray has one")
-    assert "workers: 8 6 3 8" in said  # of which none has parts of two GPUs, and each has a CPU
-    from pipelines.cache import read_cache
-
+    assert said[0].startswith("refused: cache.gpus=0.4: PyTorch sees no GPU where Ray has one")
+    assert said[1] == "workers: 8 6 3 8"  # none has parts of two GPUs, and each has a CPU
     assert read_cache(config).fingerprint == cache.fingerprint
 
 
