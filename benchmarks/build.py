@@ -5,8 +5,8 @@
 The videos are those of benchmarks.decode, under many names; two views of 8 frames at stride 8 each, 64 x 128, by
 videocrafter1 `tiny`. The loop is build_cache too, but in place of Ray Data there is a multiprocessing pool of two
 processes that call the same maker for the same parts. It runs before and after Ray's, a quarter of the videos each.
-Where there is a GPU, all encode on it. Rates are of the time in which all workers were busy and started: from when as many parts were finished as there are
-workers, to the last part but one, by the times of the parts' index files.
+Where there is a GPU, all encode on it. Rates are of the time in which all workers were busy and started: from when as
+many parts were finished as there are workers, to the last part but one, by the times of the parts' index files.
 
 The reference's way decodes each clip on its own with decord in one DataLoader of two workers, resizes in float32, and
 calls the frozen networks clip by clip; it scores nothing, keeps nothing, and sums the latents for their mean.

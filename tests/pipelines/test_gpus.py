@@ -44,13 +44,13 @@ from pipelines.cache import build_cache
 from pipelines.config import load
 from pipelines.errors import UserError
 
-ray.init("local", num_cpus=8, num_gpus=3, log_to_driver=False)
+ray.init("local", num_cpus=4, num_gpus=3, log_to_driver=False)
 try:
     build_cache(load(sys.argv[1]))
 except UserError as error:
     print("refused:", error)
 cluster._sees_gpu = lambda: True
-print("workers:", *(cluster.workers(gpus) for gpus in (0, 0.4, 1, 0.1)))
+print("workers:", *(cluster.workers(gpus) for gpus in (0, 0.7, 1, 0.3)))
 build_cache(load(sys.argv[1]))
 """
 
@@ -61,15 +61,15 @@ def test_gpus_that_ray_has_and_pytorch_does_not_see_are_refused_and_shares_of_th
     tmp_path, settings, cache
 ):
     """A cluster that only says it has three."""
-    config, file = settings(tmp_path / "gpu", "cache.gpus=0.4"), tmp_path / "config.yaml"
+    config, file = settings(tmp_path / "gpu", "cache.gpus=0.7"), tmp_path / "config.yaml"
     file.write_text(config.model_dump_json())
     done = subprocess.run(
         [sys.executable, "-c", CLUSTER, file], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
-    assert said[0].startswith("refused: cache.gpus=0.4: PyTorch sees no GPU where Ray has one")
-    assert said[1] == "workers: 8 6 3 8"  # none has parts of two GPUs, and each has a CPU
+    assert said[0].startswith("refused: cache.gpus=0.7: PyTorch sees no GPU where Ray has one")
+    assert said[1] == "workers: 4 3 3 4"  # none has parts of two GPUs, and each has a CPU
     assert read_cache(config).fingerprint == cache.fingerprint
 
 
