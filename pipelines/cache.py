@@ -29,7 +29,14 @@ from pipelines.catalog import Catalog, read_catalog
 from pipelines.clips import PartMaker, to_ipc
 from pipelines.config import Config
 from pipelines.errors import Unfinished, UserError
-from pipelines.models import encoder_of, encoding_code, family_of, refuse_other_family, shape_of
+from pipelines.models import (
+    aesthetics_identity,
+    encoder_of,
+    encoding_code,
+    family_of,
+    refuse_other_family,
+    shape_of,
+)
 from pipelines.parts import Part, make_parts
 from pipelines.tracking import Run
 
@@ -41,7 +48,7 @@ FIRST = 1000  # videos among which one that is there is looked for
 CODE = (
     *("pipelines.clips", "pipelines.views", "pipelines.video", "pipelines.decoding"),
     *("pipelines.catalog", "pipelines.tars", "cil.images", "cil.moments", "cil.draws"),
-    *("cil.metrics.motion", "cil.metrics.clips", "cil.metrics.duplicates"),
+    *("cil.metrics.motion", "cil.metrics.clips", "cil.metrics.duplicates", "cil.metrics.aesthetics"),
 )
 SHAPING = (  # of the keys of `cache`, what shapes a clip or a part
     *("stride", "fps", "views_per_video", "flip", "condition", "crop", "validation", "test", "videos_per_part"),
@@ -130,6 +137,7 @@ def encoding_of(config: Config, family: Family) -> Identity:
         "seed": config.seed,
         "family": shape_of(family) | told,
         "encoder": encoder_of(family),
+        "aesthetic": aesthetics_identity(config),
         "cache": config.cache.model_dump(include=set(SHAPING)),
         "code": artifact.code(*CODE, *encoding_code(family)),
     }

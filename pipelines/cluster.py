@@ -33,13 +33,26 @@ def connect() -> None:
 
 
 def workers(gpus: float = 0) -> int:
-    """How many the cluster has room for, of a CPU each, or of so many GPUs."""
+    """How many the cluster has room for, of a CPU each, and of such a share of a GPU."""
     import ray
 
     have = ray.cluster_resources()
     if gpus and not have.get("GPU", 0) >= gpus:
         raise UserError(f"cache.gpus={gpus}: the cluster has {have.get('GPU', 0):g} GPUs; 0 encodes on CPUs")
-    return int(have["GPU"] / gpus if gpus else have.get("CPU", 1))
+    if not gpus:
+        return int(have.get("CPU", 1))
+    if not ray.get(ray.remote(num_gpus=gpus)(_sees_gpu).remote()):
+        raise UserError(
+            f"cache.gpus={gpus}: PyTorch sees no GPU where Ray has one (a build for CPUs, or for another driver?); "
+            "0 encodes on CPUs"
+        )
+    return int(min(int(have["GPU"]) * int(1 / gpus), have.get("CPU", 1)))  # no worker has parts of two GPUs
+
+
+def _sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def refuse_unplaceable(workers: int, gpu: bool) -> None:

@@ -41,8 +41,11 @@ def finetune(config: Config) -> dict[str, Manifest]:
     made: dict[str, Artifact] = {}
     for name, row in rows.items():
         made[name] = plan_weights(config, family, name, row, cache, made)
-        if not len(ClipReader(cache, "train", row.settings.where)):
+        clips = ClipReader(cache, "train", row.settings.where)
+        if not len(clips):
             raise UserError(f"finetune.rows.{name}: no training clip in {cache.uri} has {row.settings.where}")
+        if row.settings.balance:
+            clips.values(row.settings.balance)  # or it says that the cache has no such scores
         if row.settings.unmarked:
             counted_of(config, family)
     missing = [name for name in rows if not made[name].finished]
