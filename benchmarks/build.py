@@ -5,8 +5,8 @@
 The videos are those of benchmarks.decode, under many names; two views of 8 frames at stride 8 each, 64 x 128, by
 videocrafter1 `tiny`. The loop is build_cache too, but in place of Ray Data there is a multiprocessing pool of two
 processes that call the same maker for the same parts. It runs before and after Ray's, a quarter of the videos each.
-Rates are of the time in which all workers were busy and started: from when as many parts were finished as there are
-workers, to the last part but one, by the times of the parts' index files.
+Where there is a GPU, all encode on it. Rates are of the time in which all workers were busy and started: from when as
+many parts were finished as there are workers, to the last part but one, by the times of the parts' index files.
 
 The reference's way decodes each clip on its own with decord in one DataLoader of two workers, resizes in float32, and
 calls the frozen networks clip by clip; it scores nothing, keeps nothing, and sums the latents for their mean.
@@ -40,7 +40,9 @@ from pipelines.models import family_of
 from pipelines.parts import _PartWriter
 
 CORES, VIEWS, VIDEOS_PER_PART = 2, 2, 5
+GPU = torch.cuda.is_available()
 SETTINGS = (
+    f"cache.gpus={1 / CORES if GPU else 0}",
     *("family.name=videocrafter1", "family.preset=tiny", "family.frames=8", "family.height=64", "family.width=128"),
     *(f"cache.stride={decode.STRIDE}", f"cache.views_per_video={VIEWS}", f"cache.videos_per_part={VIDEOS_PER_PART}"),
 )
@@ -181,7 +183,7 @@ class Clips(Dataset[torch.Tensor]):
 
 def by_reference(config: Config) -> float:
     """Clips a second from the eighth on."""
-    family, clips = family_of(config), Clips(config)
+    family, clips = family_of(config).to("cuda" if GPU else "cpu"), Clips(config)
     torch.set_num_threads(CORES)
     total = torch.zeros(family.latent_shape)
     begin, first = 0.0, 8

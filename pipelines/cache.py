@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,14 @@ from pipelines.catalog import Catalog, read_catalog
 from pipelines.clips import PartMaker, to_ipc
 from pipelines.config import Config
 from pipelines.errors import Unfinished, UserError
-from pipelines.models import encoder_of, encoding_code, family_of, refuse_other_family, shape_of
+from pipelines.models import (
+    aesthetics_identity,
+    encoder_of,
+    encoding_code,
+    family_of,
+    refuse_other_family,
+    shape_of,
+)
 from pipelines.parts import Part, make_parts
 from pipelines.tracking import Run
 
@@ -36,10 +44,11 @@ KIND, SNAPSHOT = "latent cache", "snapshot"
 LATEST = "latest.json"
 INDEX, PLAN, REJECTS = "index.arrow", "plan.arrow", "rejects.jsonl"
 AT_ONCE = 16  # requests to a store
+FIRST = 1000  # videos among which one that is there is looked for
 CODE = (
     *("pipelines.clips", "pipelines.views", "pipelines.video", "pipelines.decoding"),
     *("pipelines.catalog", "pipelines.tars", "cil.images", "cil.moments", "cil.draws"),
-    *("cil.metrics.motion", "cil.metrics.clips", "cil.metrics.duplicates"),
+    *("cil.metrics.motion", "cil.metrics.clips", "cil.metrics.duplicates", "cil.metrics.aesthetics"),
 )
 SHAPING = (  # of the keys of `cache`, what shapes a clip or a part
     *("stride", "fps", "views_per_video", "flip", "condition", "crop", "validation", "test", "videos_per_part"),
@@ -128,6 +137,7 @@ def encoding_of(config: Config, family: Family) -> Identity:
         "seed": config.seed,
         "family": shape_of(family) | told,
         "encoder": encoder_of(family),
+        "aesthetic": aesthetics_identity(config),
         "cache": config.cache.model_dump(include=set(SHAPING)),
         "code": artifact.code(*CODE, *encoding_code(family)),
     }
@@ -251,9 +261,21 @@ def _make(config: Config, folder: Artifact, catalog: Catalog, plan: pa.Table) ->
     if all(f"{name}.index" in there for name in names):
         return []
     cluster.connect()
+    cluster.refuse_unseen(_examples(catalog))  # on a node that does not see a video it would be missing for ever
     rows = ray.put(replace(catalog, table=catalog.table.take(order)))
     arguments = {"config": config.model_dump(), "folder": folder.path("parts"), "catalog": rows}
     return make_parts(KIND, "clips", parts, PartMaker, arguments, config.cache.gpus, _noted)
+
+
+def _examples(catalog: Catalog) -> Iterable[str]:
+    """Of each local folder of videos one that is there, if one of the first is."""
+    for number, root in enumerate(catalog.roots):
+        first = replace(catalog, table=catalog.table.filter(pc.equal(catalog.table["root"], number)).slice(0, FIRST))
+        for folder in filter(storage.is_local, root.folders):
+            sources = (source for video in first.videos(0, FIRST) for source in video.sources)
+            below = f"{folder.rstrip('/')}/"
+            found = (source for source in sources if source.startswith(below) and storage.exists(source))
+            yield from islice(found, 1)
 
 
 def _noted(told: Counter[str]) -> str:

@@ -17,7 +17,7 @@ from pipelines.errors import Unfinished
 from pipelines.initial_noise import MomentsMaker
 from pipelines.models import family_of
 from pipelines.progress import Progress
-from pipelines.reader import SCORES, ClipReader
+from pipelines.reader import SCORES, ClipReader, scored
 
 SHOWN = 8  # clips on the contact sheet, three frames of each
 LOOKED_AT = 8  # parts whose moments are computed again by `verify`
@@ -60,7 +60,7 @@ def card(cache: Cache) -> str:
         f"  bytes       {counts['bytes']:,}, {counts['bytes'] / max(counts['clips'], 1):,.0f} a clip",
         "  scores      " + "".join(f"{f'{q:.0%}':>9}" for q in QUANTILES),
     ]
-    for score in SCORES if len(index) else ():
+    for score in (score for score in SCORES if len(index) and scored(index, score)):
         values = np.quantile(index[score].to_numpy(), QUANTILES)
         lines.append(f"    {score:<14}" + "".join(f"{value:9.3f}" for value in values))
     return "\n".join(lines)

@@ -25,7 +25,7 @@ from pipelines import storage
 from pipelines.catalog import PROBLEMS, Catalog, Video
 from pipelines.config import Config
 from pipelines.decoding import DecodePool
-from pipelines.models import family_of
+from pipelines.models import aesthetics_of, device_of, family_of
 from pipelines.parts import Made
 from pipelines.video import DECODERS, BadVideo, Reason
 from pipelines.views import View, split_of, unit, views_of
@@ -45,6 +45,7 @@ CLIP = pa.schema(
         "motion": pa.float32(),
         "cut": pa.float32(),
         "subject": pa.float32(),
+        "aesthetic": pa.float32(),  # null in a cache that is made without a head
         "hash": pa.uint64(),
     }
 )
@@ -63,8 +64,10 @@ class PartMaker:
 
         self.config, self.folder = Config.model_validate(config), folder
         self.catalog: Catalog = ray.get(catalog) if isinstance(catalog, ray.ObjectRef) else catalog
-        self.family = family_of(self.config)
-        policy = self.config.cache
+        policy, self.device = self.config.cache, device_of(self.config)
+        self.family = family_of(self.config).to(self.device)
+        aesthetics = aesthetics_of(self.config)
+        self.aesthetics = aesthetics and aesthetics.to(self.device)
         self.decoders = DecodePool(DECODERS[policy.decoder], policy.decode_seconds, policy.decoders)
         self.captions: dict[str, dict[str, torch.Tensor]] = {}  # of the part at hand
 
@@ -114,6 +117,8 @@ class PartMaker:
         decoded = self.decoders(data, wanted, family.height, family.width, self.config.cache.crop)
         clips = [decoded.frames[np.searchsorted(decoded.indices, view.indices)] for view in views]
         clips = [clip.flip(2) if view.flip else clip for clip, view in zip(clips, views, strict=True)]
+        if self.device == "cuda":
+            clips = [clip.pin_memory() for clip in clips]  # here, in a thread, while others are encoded
         # Of the first frame, the one that a copy of the video under another id has in common with it.
         known = {"hash": picture_hash(decoded.frames[0]), "fps": decoded.fps}
         return [(clip, view, asdict(clip_scores(clip)) | known) for clip, view in zip(clips, views, strict=True)]
@@ -140,6 +145,7 @@ class PartMaker:
             "flip": view.flip,
             "frame": view.frame,
             "stride": view.stride,
+            "aesthetic": self.aesthetics and self.aesthetics(frames),
             **scores,
             "tensors": {name: tensor[0] for name, tensor in tensors.items()},
         }

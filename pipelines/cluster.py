@@ -2,8 +2,13 @@
 
 import logging
 import os
+import uuid
+from collections.abc import Iterable
 
-from pipelines.errors import UserError
+from pipelines import storage
+from pipelines.errors import Unfinished, UserError
+
+PROBE_SECONDS = 60  # for a node to start a process and look at a file
 
 
 def connect() -> None:
@@ -28,13 +33,26 @@ def connect() -> None:
 
 
 def workers(gpus: float = 0) -> int:
-    """How many the cluster has room for, of a CPU each, or of so many GPUs."""
+    """How many the cluster has room for, of a CPU each, and of such a share of a GPU."""
     import ray
 
     have = ray.cluster_resources()
     if gpus and not have.get("GPU", 0) >= gpus:
         raise UserError(f"cache.gpus={gpus}: the cluster has {have.get('GPU', 0):g} GPUs; 0 encodes on CPUs")
-    return int(have["GPU"] / gpus if gpus else have.get("CPU", 1))
+    if not gpus:
+        return int(have.get("CPU", 1))
+    if not ray.get(ray.remote(num_gpus=gpus)(_sees_gpu).remote()):
+        raise UserError(
+            f"cache.gpus={gpus}: PyTorch sees no GPU where Ray has one (a build for CPUs, or for another driver?); "
+            "0 encodes on CPUs"
+        )
+    return int(min(int(have["GPU"]) * int(1 / gpus), have.get("CPU", 1)))  # no worker has parts of two GPUs
+
+
+def _sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def gpus() -> int:
@@ -68,8 +86,69 @@ def refuse_unplaceable(workers: int, gpu: bool) -> None:
 
 def refuse_local_store(uri: str) -> None:
     """A SQLite file cannot be written from several nodes."""
-    import ray
-
-    nodes = sum(node["Alive"] for node in ray.nodes())
+    nodes = len(_nodes())
     if nodes > 1 and uri.startswith("sqlite:"):
         raise UserError(f"tracking.uri={uri}: {nodes} nodes cannot share a SQLite store; name an MLflow server")
+
+
+def refuse_unshared(folder: str) -> None:
+    """Where several nodes write to a local folder, each must see what the others have written there."""
+    if not storage.is_local(folder) or len(_nodes()) < 2:
+        return
+    probe = storage.join(folder, f".unfinished-probe-{uuid.uuid4().hex}")
+    storage.write(probe, b"")
+    try:
+        refuse_unseen([probe])
+    finally:
+        storage.remove(probe)
+
+
+def refuse_unseen(files: Iterable[str]) -> None:
+    """Local files that are here, and that workers on every node are to read."""
+    import ray
+    from ray import exceptions
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = _nodes()
+    if len(nodes) < 2 or not (here := list(files)):
+        return
+    look = ray.remote(num_cpus=0)(_unseen)  # a node that is busy, or takes no work, answers too
+    asked = {
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(here): address
+        for node, address in nodes.items()
+    }
+    ray.wait(list(asked), num_returns=len(asked), timeout=PROBE_SECONDS)
+    unseen: dict[str, list[str]] = {}
+    silent: list[str] = []
+    for answer, address in asked.items():
+        try:
+            if missing := ray.get(answer, timeout=0):
+                unseen[address] = missing
+        except (exceptions.GetTimeoutError, exceptions.NodeDiedError, exceptions.TaskUnschedulableError):
+            silent.append(address)
+    if unseen:
+        folder = os.path.dirname(next(iter(unseen.values()))[0])
+        raise UserError(
+            f"{folder}: the nodes {_listed(unseen)} do not see the files in it; on several nodes a local path must be "
+            "a folder that all of them share; mount one there, or name an s3:// prefix"
+        )
+    if silent:
+        raise Unfinished(
+            f"{_listed(silent)}: these nodes are lost, or did not say in {PROBE_SECONDS} s whether they see {here[0]}; "
+            "run the same command again when the cluster is well"
+        )
+
+
+def _unseen(files: list[str]) -> list[str]:
+    return [file for file in files if not storage.exists(file)]
+
+
+def _nodes() -> dict[str, str]:
+    """Those that are alive, with their addresses."""
+    import ray
+
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
+def _listed(addresses: Iterable[str]) -> str:
+    return ", ".join(sorted(addresses))

@@ -137,6 +137,15 @@ class CatalogConfig(Section):
     limit: PositiveInt | None = Field(None, description="only the first so many, by videoid")
 
 
+class AestheticConfig(Section):
+    """A published head by which the cache has an aesthetic score of every clip: both, or none."""
+
+    head: Uri | None = Field(
+        None, description="LAION's: sac+logos+ava1-l14-linearMSE.pth, or sa_0_4_vit_l_14_linear.pth"
+    )
+    clip: Uri | None = Field(None, description="its CLIP: a folder such as openai/clip-vit-large-patch14")
+
+
 class CacheConfig(Section):
     """Which clips are taken, and how they become parts of the latent cache."""
 
@@ -157,19 +166,22 @@ class CacheConfig(Section):
     )
     validation: float = Field(0.05, description="share of the videos held out for validation", ge=0, le=1)
     test: float = Field(0.3, description="share of the videos held out for generating and scoring", ge=0, le=1)
+    aesthetic: AestheticConfig = AestheticConfig()
     decoder: Literal["pyav", "decord"] = Field("pyav", description="pyav skips frames that nothing needs: faster")
     decode_seconds: PositiveFloat = Field(60, description="a video that takes longer to decode is rejected")
     videos_per_part: PositiveInt = Field(
         300, description="videos in one file of the cache; of 600 clips, their moments are below 2 % of it"
     )
     decoders: PositiveInt = Field(1, description="processes that decode for one encoding worker")
-    gpus: NonNegativeFloat = Field(0, description="GPUs of one encoding worker; 0: a CPU")
+    gpus: float = Field(
+        0, description="share of a GPU that one encoding worker has; 0: it encodes on a CPU", ge=0, le=1
+    )
     snapshot: str | None = Field(None, description="which snapshot later jobs use; default: the latest")
     accept_transient: bool = Field(False, description="finish although some videos failed for passing reasons (I/O)")
     dry_run: bool = Field(False, description="only say what would be done, its size, and how long a sample takes")
 
 
-Score = Literal["motion", "cut", "subject"]
+Score = Literal["motion", "cut", "subject", "aesthetic"]
 
 
 def _ordered(ends: tuple[float | None, float | None]) -> tuple[float | None, float | None]:
@@ -503,6 +515,10 @@ def _check(config: Config) -> None:
         raise UserError(f"cache.fps={config.cache.fps} and cache.stride={stride}: one of the two")
     if isinstance(stride, list) and stride[0] > stride[1]:
         raise UserError(f"cache.stride={stride}: [least, most]")
+    head, clip = config.cache.aesthetic.head, config.cache.aesthetic.clip
+    if bool(head) != bool(clip):
+        given, lacking = (f"head={head}", "clip") if head else (f"clip={clip}", "head")
+        raise UserError(f"cache.aesthetic.{given}: without cache.aesthetic.{lacking}; name both, or none")
     if config.cache.validation + config.cache.test >= 1:
         raise UserError("cache.validation + cache.test: below 1, or nothing is left to train on")
     for key in ("checkpoint_every", "validate_every"):

@@ -12,7 +12,7 @@ from pipelines.cache import encoding_of, part_names, plan_of
 from pipelines.catalog import Catalog, read_catalog
 from pipelines.clips import PartMaker
 from pipelines.config import Config
-from pipelines.models import family_of
+from pipelines.models import device_of, family_of
 from pipelines.video import BadVideo
 
 SAMPLE = 8  # videos that are decoded and encoded
@@ -41,11 +41,13 @@ def estimate(config: Config) -> str:
         seconds, encoding, made, rejected = _sampled(config, catalog, todo)
         rate = max(made, 1) / seconds
         left, cores = len(todo) * views / rate, os.cpu_count() or 1
+        gpu = " and a GPU" if device_of(config) == "cuda" else ""
         lines.append(
-            f"sample      {made} clips, {rejected} videos rejected; {rate:.3g} clips/s on one core here, "
+            f"sample      {made} clips, {rejected} videos rejected; {rate:.3g} clips/s on one core{gpu} here, "
             f"{encoding:.0%} of it encoding"
         )
-        lines.append(f"time        {left / 3600:.3g} hours of such a core; {left / 3600 / cores:.3g} on {cores}")
+        several = "" if gpu else f"; {left / 3600 / cores:.3g} on {cores}"
+        lines.append(f"time        {left / 3600:.3g} hours of such a core{gpu}{several}")
     return "\n".join(lines)
 
 

@@ -31,8 +31,11 @@ def finetune(config: Config) -> dict[str, Manifest]:
     made: dict[str, Artifact] = {}
     for name, row in rows.items():
         made[name] = plan_weights(config, family, name, row, cache, made)
-        if not len(ClipReader(cache, "train", row.settings.where)):
+        clips = ClipReader(cache, "train", row.settings.where)
+        if not len(clips):
             raise UserError(f"finetune.rows.{name}: no training clip in {cache.uri} has {row.settings.where}")
+        if row.settings.balance:
+            clips.values(row.settings.balance)  # or it says that the cache has no such scores
         if row.settings.unmarked:
             counted_of(config, family)
     if config.finetune.validate_every and not len(ClipReader(cache, "validation")):
@@ -45,6 +48,7 @@ def finetune(config: Config) -> dict[str, Manifest]:
     cluster.connect()
     gpu = cluster.gpus() > 0 if config.finetune.gpu is None else config.finetune.gpu
     cluster.refuse_unplaceable(config.finetune.workers, gpu)
+    cluster.refuse_unshared(config.out)
     cluster.refuse_local_store(store_uri(config))
     profile = choose_profile(config, family, missing, gpu)
     for name in missing:

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cil import families
 from cil.families import Family
+from cil.metrics.aesthetics import Aesthetics
 from cil.moments import outside
 from pipelines import storage
 from pipelines.config import Config
@@ -19,25 +21,50 @@ def family_of(config: Config) -> Family:
     with refusing_weights():
         for name in ("weights", "tokenizer"):
             if told[name]:
-                if not storage.exists(told[name]):
-                    raise UserError(f"family.{name}={told[name]}: there is nothing")
-                told[name] = str(storage.kept_copy(told[name]))
+                told[name] = _kept(f"family.{name}", told[name])
         return families.load(**told)
 
 
+def aesthetics_of(config: Config) -> Aesthetics | None:
+    given = config.cache.aesthetic.model_dump()
+    if not any(given.values()):
+        return None
+    with refusing_weights("cache.aesthetic"):
+        return Aesthetics.load(**{name: _kept(f"cache.aesthetic.{name}", uri) for name, uri in given.items()})
+
+
+def _kept(key: str, uri: str) -> str:
+    """Where the file or folder is that a key names, on this machine."""
+    if not storage.exists(uri):
+        raise UserError(f"{key}={uri}: there is nothing")
+    return str(storage.kept_copy(uri))
+
+
+def device_of(config: Config) -> str:
+    """Where a worker encodes: on a GPU if it is to have a share of one. Ray shows it no other."""
+    return "cuda" if config.cache.gpus and torch.cuda.is_available() else "cpu"
+
+
 @contextmanager
-def refusing_weights() -> Iterator[None]:
-    """What is wrong with a family's files is for the user to mend."""
+def refusing_weights(key: str = "family") -> Iterator[None]:
+    """What is wrong with files of weights is for the user to mend."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        raise UserError(f"family: {error}") from None
+        raise UserError(f"{key}: {error}") from None
 
 
 def encoder_of(family: Family) -> str:
     """A digest of what is frozen: it reads the published weights."""
     with refusing_weights():
         return family.encoder_identity
+
+
+def aesthetics_identity(config: Config) -> str | None:
+    """A digest of the head and its CLIP, which it reads."""
+    aesthetics = aesthetics_of(config)
+    with refusing_weights("cache.aesthetic"):
+        return aesthetics.identity if aesthetics else None
 
 
 def shape_of(family: Family) -> dict[str, Any]:

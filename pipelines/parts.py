@@ -68,6 +68,7 @@ def make_parts(
         print(f"{label}: {done} of {total} {unit} are there already", flush=True)
     progress = Progress(label, unit, total, done)
     cluster.connect()
+    cluster.refuse_unshared(posixpath.dirname(missing[0].uri))
     # Several runs at once begin at other places; neighbours stay together, as a worker may keep what they share.
     begin = random.randrange(len(missing))
     missing = missing[begin:] + missing[:begin]

@@ -21,6 +21,7 @@ from torch import Tensor
 from pipelines import storage
 from pipelines.cache import AT_ONCE, Cache
 from pipelines.config import Score, Where
+from pipelines.errors import UserError
 
 SCORES = get_args(Score)
 OPEN = 256  # files of parts
@@ -52,8 +53,7 @@ class ClipReader:
 
     def values(self, column: str) -> np.ndarray:
         """Of all clips."""
-        values: np.ndarray = self.index[column].to_numpy()[self.rows]
-        return values
+        return _values(self.index, column)[self.rows]
 
     def batch(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Every tensor of these clips, [B, ...], and `frame`, which of their frames is the conditional image."""
@@ -119,9 +119,24 @@ def selected(index: pa.Table, split: str | None, where: Where) -> np.ndarray:
     """Which rows of an index are of the split and have these scores: both ends of a range belong to it."""
     mask = np.ones(len(index), bool) if split is None else pc.equal(index["split"], split).to_numpy()
     for score, (least, most) in where.items():
-        values = index[score].to_numpy()
+        values = _values(index, score)
         mask = mask & (values >= (-np.inf if least is None else least)) & (values <= (np.inf if most is None else most))
     return mask
+
+
+def scored(index: pa.Table, score: str) -> bool:
+    """Of one score, a cache has all or none: what it is made by is part of its identity."""
+    return score in index.column_names and not index[score].null_count
+
+
+def _values(index: pa.Table, column: str) -> np.ndarray:
+    if not scored(index, column):
+        raise UserError(
+            f"no clip of this cache has a score `{column}`: build one, in another `out`, with "
+            "cache.aesthetic.head and cache.aesthetic.clip"
+        )
+    values: np.ndarray = index[column].to_numpy()
+    return values
 
 
 class SampleOrder:

@@ -88,6 +88,7 @@ class RowTrainer:
             self.family.recompute(net)
         self.engine = zero.engine_of(net, self.profile, self.row, self.micro_batch, self.world)
         self.device = self.engine.device
+        self.family.to(self.device)  # what is frozen: CLIP's tower looks at the image in each step
         self.shards = Shards(self.engine)
         if stored:
             self.samples, self.steps = stored.told["samples"], stored.told["steps"]

@@ -1,13 +1,17 @@
-"""Published weights of every family as they are found on disk, of its tiny size for 4 x 32 x 48, with random values."""
+"""Published weights as they are found on disk, of tiny networks, with random values."""
 
 from pathlib import Path
 
+import torch
+from PIL import Image
+
 from cil import families
 from cil.checkpoints import write_diffusers
+from cil.families.sd_vae import seeded
 
 
 def write_published(name: str, folder: Path, seed: int = 3) -> Path:
-    """What `family.weights` names: a `.ckpt`, or a diffusers folder."""
+    """What `family.weights` names, for clips of 4 x 32 x 48: a `.ckpt`, or a diffusers folder."""
     family = families.load(name, 4, 32, 48)
     net = family.network(seed)
     if name in ("dynamicrafter", "videocrafter1"):
@@ -23,3 +27,36 @@ def write_published(name: str, folder: Path, seed: int = 3) -> Path:
     for part, model in parts.items():
         model.save_pretrained(folder / part)
     return folder
+
+
+def write_clip(folder: Path, width: int = 24, seed: int = 0) -> Path:
+    """A CLIP of both towers for pictures of 28 x 28, as transformers keeps openai/clip-vit-large-patch14."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    image = sizes | {"image_size": 28, "patch_size": 14, "projection_dim": width}
+    text = sizes | {"vocab_size": 514, "bos_token_id": 512, "eos_token_id": 513, "projection_dim": width}
+    config = CLIPConfig(text_config=text, vision_config=image, projection_dim=width)
+    seeded(seed, lambda: CLIPModel(config)).save_pretrained(folder)
+    return folder
+
+
+def write_head(file: Path, width: int = 24, seed: int = 0) -> Path:
+    """A linear aesthetic head, as sa_0_4_vit_l_14_linear.pth."""
+    random = torch.Generator().manual_seed(seed)
+    weight = torch.randn(1, width, generator=random)
+    torch.save({"weight": weight, "bias": torch.tensor([5.0])}, file)
+    return file
+
+
+def aesthetic_by_hand(frame: torch.Tensor, head: Path, clip: Path) -> float:
+    """Of uint8 [H, W, 3]: transformers' own preprocessing with PIL, its model, and a product."""
+    from transformers import CLIPVisionModelWithProjection
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    see = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    pixels = see(Image.fromarray(frame.numpy()), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        (embedding,) = CLIPVisionModelWithProjection.from_pretrained(clip)(pixel_values=pixels).image_embeds
+    held = torch.load(head, weights_only=True)
+    return float(embedding / embedding.norm() @ held["weight"][0] + held["bias"][0])

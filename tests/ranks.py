@@ -1,5 +1,6 @@
 """Training on several ranks without Ray: each rank a process of its own, as under Ray Train."""
 
+import contextlib
 import json
 import os
 import socket
@@ -66,10 +67,8 @@ def _rank(rank: int, world: int, port: int, jobs: list[Job], until: int | None) 
         made.begin("{}")
         trainer = Seen(config, "base", row, made, cache, zero.profile_of(profile), lambda *_: None)
         trainer.seen, trainer.leaving = [], trainer.leave
-        try:
+        with contextlib.suppress(Interrupted):
             trainer.train()
-        except Interrupted:
-            pass
         if rank == 0:
             Path(config.out, f"seen-{world}.json").write_text(json.dumps(trainer.seen))
         dist.barrier()

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,10 @@ class Family(ABC):
     @abstractmethod
     def encoder_identity(self) -> str:
         """Changes whenever what is frozen would give other tensors for the same frames and captions."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """What is frozen, to where it encodes: frames go there by themselves, what is cached comes back to the CPU."""
+        return self
 
     @abstractmethod
     def encode_frames(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:

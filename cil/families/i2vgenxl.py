@@ -290,7 +290,7 @@ def middle_square(frames: Tensor, size: int) -> Tensor:
     top, left = (height - side) // 2, (width - side) // 2
     square = frames[:, top : top + side, left : left + side].permute(0, 3, 1, 2).float()
     resized = F.interpolate(square, size=(size, size), mode="bilinear", antialias=True)
-    return resized.permute(0, 2, 3, 1).round().clamp(0, 255).to(torch.uint8).cpu()
+    return resized.permute(0, 2, 3, 1).round().clamp(0, 255).to(torch.uint8)
 
 
 def _class(part: str) -> Any:

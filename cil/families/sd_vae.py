@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -79,15 +79,22 @@ class SDVAEFamily(Family):
         held = {f"{model}.{name}": t for model, part in self.frozen.items() for name, t in part.state_dict().items()}
         return f"{told}-{digest(held)}"
 
+    def to(self, device: torch.device | str) -> Self:
+        for model in self.frozen.values():
+            nn.Module.to(model, device)
+        return self
+
     @torch.no_grad()
     def encode_frames(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
         """Latents, the clip's speed, and the image: as CLIP's tower sees it, or what the tower says of it."""
+        frames = frames.to(self.frozen["vae"].device, non_blocking=True)
         image = self.as_clip_sees(torch.stack([each[clip.frame] for each, clip in zip(frames, clips, strict=True)]))
-        seen = {"clip": self._clip(image).half().cpu()} if self.options.clip_features else {"image": image}
-        return {**self._latents(frames, clips), **seen, "rate": torch.tensor([self._rate(clip) for clip in clips])}
+        seen = {"clip": self._clip(image).half()} if self.options.clip_features else {"image": image}
+        made = {name: tensor.cpu() for name, tensor in (self._latents(frames, clips) | seen).items()}
+        return made | {"rate": torch.tensor([self._rate(clip) for clip in clips])}
 
     def as_clip_sees(self, frames: Tensor) -> Tensor:
-        """uint8 [B, H, W, 3] -> uint8 [B, size, size, 3], on the CPU."""
+        """uint8 [B, H, W, 3] -> uint8 [B, size, size, 3]."""
         return stretched(frames, self.image_size)
 
     def _look(self, tower: Any, pixels: Tensor) -> Tensor:
@@ -115,15 +122,15 @@ class SDVAEFamily(Family):
         vae = self.frozen["vae"]
         means, stds = [], []
         for clip in frames.permute(0, 1, 4, 2, 3):
-            chunks = [chunk.to(vae.device).float() / 127.5 - 1 for chunk in _chunks(clip)]
+            chunks = [chunk.float() / 127.5 - 1 for chunk in _chunks(clip)]
             posteriors = [vae.encode(chunk.to(vae.dtype)).latent_dist for chunk in chunks]
-            means.append(torch.cat([posterior.mean for posterior in posteriors])[: len(clip)].float().cpu())
-            stds.append(torch.cat([posterior.std for posterior in posteriors])[: len(clip)].float().cpu())
+            means.append(torch.cat([posterior.mean for posterior in posteriors])[: len(clip)].float())
+            stds.append(torch.cat([posterior.std for posterior in posteriors])[: len(clip)].float())
         mean, std = (self.scaling_factor * torch.stack(parts) for parts in (means, stds))
         if self.options.latents == "mean_std":
             return {"latents": mean.half(), "latents_std": std.half()}
         if self.options.latents == "sample":
-            mean = mean + std * Draws([(clip.seed,) for clip in clips]).normal(*mean.shape[1:])
+            mean = mean + std * Draws([(clip.seed,) for clip in clips]).normal(*mean.shape[1:]).to(mean)
         return {"latents": mean.half()}
 
     @torch.no_grad()

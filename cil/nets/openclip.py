@@ -230,7 +230,7 @@ def _blurred(x: Tensor, size: int) -> Tensor:
 
 
 def stretched(frames: Tensor, size: int = 224) -> Tensor:
-    """uint8 [B, H, W, 3] -> uint8 [B, size, size, 3] on the CPU: what `clip_pixels` makes of them, before the norm."""
+    """uint8 [B, H, W, 3] -> uint8 [B, size, size, 3]: what `clip_pixels` makes of them, before the norm."""
     pixels = clip_pixels(frames, size).permute(0, 2, 3, 1)
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
-    return ((pixels.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    mean, std = (torch.tensor(values, device=pixels.device) for values in (MEAN, STD))
+    return ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,13 +1,16 @@
 """Scores of a clip: a cut in it, its subject's share, its motion at a smaller size, and an aesthetic head."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from published import aesthetic_by_hand, write_clip, write_head
 
-from cil.metrics.aesthetics import AestheticHead
+from cil.metrics.aesthetics import AestheticHead, Aesthetics, middle_square
 from cil.metrics.clips import LONGEST, clip_scores, scene_cut, subject_share
 from cil.metrics.duplicates import picture_hash
 from cil.metrics.motion import motion_score
@@ -241,3 +244,57 @@ def test_other_weights_are_no_head(change):
     weights = {name: value for name, value in (mlp_weights() | change).items() if value is not None}
     with pytest.raises(ValueError, match="no aesthetic head"):
         AestheticHead(weights)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("aesthetics")
+    return {"head": write_head(folder / "head.pth"), "clip": write_clip(folder / "clip")}
+
+
+@pytest.mark.parametrize("size", [(28, 28), (40, 64), (64, 40), (160, 256), (31, 97), (16, 16)])
+def test_the_aesthetic_score_is_transformers_clip_and_a_product_on_the_frame_in_the_middle(files, size):
+    frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, *size, 3), np.uint8))
+    aesthetics = Aesthetics.load(**files)
+    # The same pixels, of which one library divides by 255 and the other multiplies with its inverse.
+    assert aesthetics(frames) == pytest.approx(aesthetic_by_hand(frames[2], **files), abs=1e-5)
+    assert aesthetics(frames) != pytest.approx(aesthetic_by_hand(frames[1], **files), abs=1e-3)
+    assert aesthetics(frames[2:3]) == aesthetics(frames)
+
+
+def test_a_frame_of_clips_size_is_seen_as_it_is_and_another_to_the_middle():
+    frame = torch.arange(28 * 28 * 3).reshape(28, 28, 3).to(torch.uint8)
+    assert torch.equal(middle_square(frame, 28), frame)
+    wide = torch.cat([torch.zeros(28, 10, 3, dtype=torch.uint8), frame, torch.zeros(28, 11, 3, dtype=torch.uint8)], 1)
+    assert torch.equal(middle_square(wide, 28), frame)
+
+
+def test_the_image_tower_alone_is_enough_and_files_are_known_by_what_they_hold(files, tmp_path):
+    from transformers import CLIPVisionModelWithProjection
+
+    aesthetics = Aesthetics.load(**files)
+    CLIPVisionModelWithProjection.from_pretrained(files["clip"]).save_pretrained(tmp_path / "tower")
+    alone = Aesthetics.load(shutil.copy(files["head"], tmp_path / "copy.pth"), tmp_path / "tower")
+    assert alone.identity == aesthetics.identity
+    others = (
+        Aesthetics.load(write_head(tmp_path / "other.pth", seed=1), files["clip"]),
+        Aesthetics.load(files["head"], write_clip(tmp_path / "other", seed=1)),
+    )
+    assert len({each.identity for each in (aesthetics, *others)}) == 3
+
+
+def test_a_head_for_another_clip_and_a_folder_that_is_none_are_refused(files, tmp_path):
+    with pytest.raises(ValueError, match=r"/clip: embeddings of 24: this head is for a CLIP of 768"):
+        Aesthetics.load(write_head(tmp_path / "768.pth", 768), files["clip"])
+    with pytest.raises(ValueError, match=r"clip/model.safetensors: no aesthetic head"):
+        Aesthetics.load(files["clip"] / "model.safetensors", files["clip"])
+    with pytest.raises(ValueError, match=r"head.pth: no config.json in it; expected a folder"):
+        Aesthetics.load(files["head"], files["head"])
+    damaged = Path(shutil.copytree(files["clip"], tmp_path / "damaged"))
+    config = (damaged / "config.json").read_text()
+    (damaged / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(ValueError, match=r"/damaged: not the weights of CLIP's image tower: of \d+, 16 missing"):
+        Aesthetics.load(files["head"], damaged)
+    (damaged / "config.json").write_text(config[:50])
+    with pytest.raises(ValueError, match=r"/damaged/config.json: damaged .*JSON"):
+        Aesthetics.load(files["head"], damaged)

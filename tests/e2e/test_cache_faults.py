@@ -7,11 +7,10 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import boto3
@@ -19,7 +18,6 @@ import psutil
 import pytest
 from faulty_store import Fault, FaultyStore
 from moto.server import ThreadedMotoServer
-from test_submit import BIN, free_port
 
 from pipelines.cache import read_cache
 from pipelines.card import orphans
@@ -54,10 +52,10 @@ def run(job: str, *arguments: str, timeout: float = 120, **environment: str) -> 
 
 
 @contextlib.contextmanager
-def begun(job: str, *arguments: str, **environment: str) -> Iterator[subprocess.Popen]:
+def begun(job: str, *arguments: str, inside: Sequence[str] = (), **environment: str) -> Iterator[subprocess.Popen]:
     """What is still there of it at the end is killed: the job, and what its Ray has started."""
     process = subprocess.Popen(
-        command(job, *arguments),
+        [*inside, *command(job, *arguments)],
         cwd=ROOT,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
@@ -141,53 +139,6 @@ def test_several_builders_on_one_cache_share_the_work(arguments, road, tmp_path)
     with begun("build_cache", *arguments) as one, begun("build_cache", *arguments) as other:
         finished(one)
         finished(other)
-    assert_same(tmp_path / "cache", road)
-
-
-@pytest.fixture
-def environment(tmp_path) -> dict[str, str]:
-    """Of a cluster: a home for its token, and nodes that are missed at once."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    home = tmp_path / "home"
-    home.mkdir()
-    missed = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "2"}
-    return kept | missed | {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
-
-
-@contextlib.contextmanager
-def node(environment: dict[str, str], *options: str) -> Iterator[subprocess.Popen]:
-    process = subprocess.Popen(
-        [BIN / "ray", "start", "--block", "--num-cpus=1", "--disable-usage-stats", *options],
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        assert any("Ray runtime started" in line for line in process.stdout)
-        yield process
-    finally:
-        end(process.pid)
-        process.wait()
-
-
-def test_a_build_goes_on_when_a_node_is_lost(arguments, environment, road, tmp_path):
-    folder = tempfile.mkdtemp(prefix="ray")  # short: Ray's sockets stand in it
-    port, ports = free_port(), (f"--{name}={free_port()}" for name in ("dashboard-port", "dashboard-agent-listen-port"))
-    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
-    address = f"127.0.0.1:{port}"
-    with (
-        node(environment, "--head", f"--port={port}", f"--temp-dir={folder}", *ports),
-        node(environment, f"--address={address}", f"--dashboard-agent-listen-port={free_port()}") as lost,
-        begun("build_cache", *arguments, **environment, RAY_ADDRESS=address) as build,
-    ):
-        until(lambda: below(lost, "pipelines.decoding") and any(tmp_path.glob("cache/parts/*.index")))
-        assert below(lost, "MapWorker")
-        end(lost.pid)
-        assert build.poll() is None
-        finished(build)
-    shutil.rmtree(folder, ignore_errors=True)
     assert_same(tmp_path / "cache", road)
 
 

@@ -51,6 +51,7 @@ def _instead_of_ray(monkeypatch: pytest.MonkeyPatch) -> Here:
     monkeypatch.setattr("pipelines.clips.DecodePool", DecodeHere)
     monkeypatch.setattr("ray.put", lambda value: value)
     monkeypatch.setattr("pipelines.cluster.connect", lambda: None)
+    monkeypatch.setattr("pipelines.cluster.refuse_unseen", lambda files: None)
     for module in ("cache", "initial_noise"):
         monkeypatch.setattr(f"pipelines.{module}.make_parts", ours.make_parts)
     return ours

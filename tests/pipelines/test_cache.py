@@ -10,7 +10,7 @@ from in_process import DecodeHere
 
 from cil.moments import Moments
 from pipelines import storage
-from pipelines.cache import Cache, build_cache, hashes_of, opened, part_names, plan_parts
+from pipelines.cache import Cache, _examples, build_cache, hashes_of, opened, part_names, plan_parts
 from pipelines.catalog import read_catalog
 from pipelines.clips import PartMaker
 from pipelines.config import load
@@ -155,3 +155,15 @@ def test_the_picture_is_cropped_before_it_is_resized(made):
     # 32 x 32 of four blocks a side: the quarter is scaled up twice, and its average is that of the whole's corner.
     torch.testing.assert_close(half[:, 0].mean(), whole[:, 0, :4, :4].mean(), atol=0.01, rtol=0)
     assert not torch.allclose(half, whole, atol=0.05)
+
+
+def test_of_each_local_folder_of_videos_one_that_is_there_is_looked_for_on_other_nodes(tmp_path):
+    folders = [str(tmp_path / name) for name in ("one", "one-more", "none")]
+    for folder, name in zip(folders, ("b", "c", None), strict=True):
+        (tmp_path / folder).mkdir()
+        if name:
+            (tmp_path / folder / f"{name}.mp4").touch()
+    (tmp_path / "videos.csv").write_text("videoid,name\na,first\nb,second\nc,third\n")
+    videos = ",".join([*folders, "s3://bucket/videos"])
+    config = load(None, [f"catalog.csv={tmp_path}/videos.csv", f"catalog.videos=[{videos}]"])
+    assert list(_examples(read_catalog(config.catalog, ""))) == [f"{folders[0]}/b.mp4", f"{folders[1]}/c.mp4"]

@@ -54,7 +54,7 @@ def whole(configured) -> dict:
 
 @pytest.fixture(scope="module")
 def begun(configured) -> dict:
-    """Of every stage one on two ranks that is interrupted, and how it went on: there, and on one rank by the next stage."""
+    """Of every stage one on two ranks that is interrupted; how it went on there, and on one rank by another stage."""
     configs = {stage: (configured(), configured()) for stage in STAGES}
     train(2, [(config.model_dump(), stage) for stage, each in configs.items() for config in each], until=INTERRUPTED)
     same = train(2, [(configs[stage][0].model_dump(), stage) for stage in STAGES])

@@ -1,0 +1,107 @@
+"""Two machines for the nodes of a Ray cluster: network namespaces with a cable between them, in one real machine.
+
+Where none may be made (no root, no `ip`), two addresses of the loopback device: they cannot be cut off from each other.
+"""
+
+import contextlib
+import os
+import subprocess
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from test_cache_faults import end
+from test_submit import BIN
+
+
+@dataclass(frozen=True)
+class Machine:
+    address: str
+    namespace: str = ""  # none: this machine's own
+
+    @property
+    def inside(self) -> list[str]:
+        """What stands before a command that is to run there."""
+        return ["ip", "netns", "exec", self.namespace] if self.namespace else []
+
+    def cut_off(self, cut: bool = True) -> None:
+        if not self.namespace:
+            pytest.skip("no network namespace may be made here: a node cannot be cut off")
+        _ip("-n", self.namespace, "link", "set", CABLE, "down" if cut else "up")
+
+
+CABLE = "cable"  # its name at both ends
+
+
+@contextlib.contextmanager
+def two_machines() -> Iterator[tuple[Machine, Machine]]:
+    names = [f"cil-{os.getpid()}-{side}" for side in "ab"]
+    machines = Machine("10.79.0.1", names[0]), Machine("10.79.0.2", names[1])
+    try:
+        try:
+            for name in names:
+                _ip("netns", "add", name)
+            _ip("link", "add", CABLE, "netns", names[0], "type", "veth", "peer", "name", CABLE, "netns", names[1])
+            for machine in machines:
+                _ip("-n", machine.namespace, "address", "add", f"{machine.address}/24", "dev", CABLE)
+                for device in ("lo", CABLE):
+                    _ip("-n", machine.namespace, "link", "set", device, "up")
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", None) or error
+            warnings.warn(
+                f"both nodes on the loopback device, as no network namespace may be made: {said}", stacklevel=1
+            )
+            machines = Machine("127.0.0.2"), Machine("127.0.0.3")
+        yield machines
+    finally:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError, subprocess.CalledProcessError):
+                for pid in _ip("netns", "pids", name).split():
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        psutil.Process(int(pid)).kill()
+                _ip("netns", "delete", name)
+
+
+def _ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def cluster_environment(home: Path) -> dict[str, str]:
+    """A home for the cluster's token, this Python first on the path, and nodes that are missed at once."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    missed = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "2"}
+    made = kept | missed | {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
+    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=made, check=True, capture_output=True)
+    return made
+
+
+@contextlib.contextmanager
+def node(machine: Machine, environment: dict[str, str], *options: str, hidden: str = "") -> Iterator[subprocess.Popen]:
+    """A Ray node with one CPU. `hidden`: a folder which it sees empty."""
+    command = [str(BIN / "ray"), "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
+    if hidden:
+        mount = 'mount -t tmpfs none "$0" && exec "$@"'
+        command = ["unshare", "--mount", "sh", "-c", mount, hidden, *command]
+    process = subprocess.Popen(
+        [*machine.inside, *command, f"--node-ip-address={machine.address}", *options],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "Ray runtime started" in line:
+                break
+        else:
+            pytest.fail(f"ray start ended:\n{''.join(said)}")
+        yield process
+    finally:
+        end(process.pid)
+        process.wait()
