@@ -15,8 +15,9 @@ from pipelines.reader import ClipReader
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of all files but config.json, which tells of the run that was the last to begin."""
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name != "config.json")
+    """Of all files but those that tell of a run: of the last to begin, and of the last to make parts."""
+    told = ("config.json", "build.json")
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in told)
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
