@@ -243,7 +243,7 @@ def _make(config: Config, folder: Artifact, catalog: Catalog, plan: pa.Table, wa
     cluster.connect()
     rows = ray.put(replace(catalog, table=catalog.table.take(order)))
     arguments = {"config": config.model_dump(), "folder": folder.path("parts"), "catalog": rows}
-    return make_parts(KIND, "clips", parts, PartMaker, arguments, config.cache.gpus, watch)
+    return make_parts("cache", "clips", parts, PartMaker, arguments, config.cache.gpus, watch)
 
 
 def _finish(folder: Artifact, snapshot: Artifact, plan: pa.Table, views: int) -> None:
