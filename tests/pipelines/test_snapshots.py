@@ -119,6 +119,24 @@ def test_the_first_catalog_again_makes_its_snapshot_the_latest(built, settings, 
     assert read_cache(settings(built)).manifest == cache.manifest
 
 
+def test_a_video_that_arrives_later_is_added_under_another_id_as_the_page_says(
+    built, settings, here, videos, cache, ids
+):
+    before = digests(built / "cache/parts")
+    late = built / "arrived/late"
+    late.mkdir(parents=True)
+    shutil.copy(videos / f"{ids['a0']}.mp4", late / f"{ids['e2']}.mp4")
+    (late / f"{ids['e2']}.txt").write_text("caption of e2")
+    added = build_cache(settings(built, f"catalog.folder={built}/arrived"))
+    assert len(here.made) == 1
+    assert before.items() <= digests(built / "cache/parts").items()
+    assert added.counts["clips"] == cache.counts["clips"] + 2
+    known = {row["clip_id"]: row for row in added.index().to_pylist()}
+    assert known[f"late~{ids['e2']}:0"]["caption"] == "caption of e2"
+    rejects = storage.read_rows(f"{added.manifest.uri}/rejects.jsonl")
+    assert [row["videoid"] for row in rejects if row["reason"] == "missing"] == [ids["e2"]]  # stays told
+
+
 def test_a_shorter_catalog_makes_only_the_rest_of_a_part_anew(built, settings, here, videos, cache, ids):
     rows = (videos / "videos.csv").read_text().splitlines(keepends=True)
     (built / "shorter.csv").write_text("".join(row for row in rows if ids["b1"] not in row))
