@@ -1,4 +1,4 @@
-"""An S3 endpoint in a process of its own, which reads the files of a folder, for the benchmarks of reading.
+"""An S3 endpoint in a process of its own, of the files of a folder, for the benchmarks of reading and writing.
 
 It is ours because moto's server copies a whole object for each range of it, and so holds the two cores itself.
 """
@@ -6,6 +6,7 @@ It is ours because moto's server copies a whole object for each range of it, and
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,9 +27,12 @@ def endpoint(port: int) -> Iterator[None]:
 
 
 @contextmanager
-def served(folder: str, delay: float = 0) -> Iterator[int]:
-    """The files of this folder as those of every bucket. Each answer waits `delay` seconds."""
-    program = f"from benchmarks.endpoint import serve; serve({folder!r}, {delay})"
+def served(folder: str, delay: float = 0, rate: float = 1e12) -> Iterator[int]:
+    """The files of this folder as those of every bucket.
+
+    Each answer waits `delay` seconds, and `rate` bytes a second are taken, of all who send together.
+    """
+    program = f"from benchmarks.endpoint import serve; serve({folder!r}, {delay}, {rate})"
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -39,7 +43,9 @@ def served(folder: str, delay: float = 0) -> Iterator[int]:
             process.kill()
 
 
-def serve(folder: str, delay: float) -> None:
+def serve(folder: str, delay: float, rate: float) -> None:
+    taking = threading.Lock()
+
     class Bucket(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -56,6 +62,38 @@ def serve(folder: str, delay: float) -> None:
                 self._send(path)
 
         do_HEAD = do_GET  # as http.server calls them
+
+        def do_PUT(self) -> None:
+            """A file, or a part of one."""
+            url = urlsplit(self.path)
+            asked, path = parse_qs(url.query), Path(folder, *unquote(url.path).split("/")[2:])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if "partNumber" in asked:
+                path = path.with_name(f".{path.name}.{int(asked['partNumber'][0]):05d}")
+            left = int(self.headers["Content-Length"])
+            with path.open("wb") as file:
+                while left:
+                    data = self.rfile.read(min(left, 2**18))
+                    with taking:
+                        time.sleep(len(data) / rate)
+                    left -= file.write(data)
+            self._answer(200, 0)
+
+        def do_POST(self) -> None:
+            """The beginning or the end of an upload in parts."""
+            url = urlsplit(self.path)
+            path = Path(folder, *unquote(url.path).split("/")[2:])
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            if "uploads" in parse_qs(url.query, keep_blank_values=True):
+                text = b"<InitiateMultipartUploadResult><UploadId>one</UploadId></InitiateMultipartUploadResult>"
+            else:
+                with path.open("wb") as whole:
+                    for part in sorted(path.parent.glob(f".{path.name}.*")):
+                        whole.write(part.read_bytes())
+                        part.unlink()
+                text = b"<CompleteMultipartUploadResult></CompleteMultipartUploadResult>"
+            self._answer(200, len(text))
+            self.wfile.write(text)
 
         def _send(self, path: Path) -> None:
             size = path.stat().st_size

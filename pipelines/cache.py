@@ -7,7 +7,6 @@ reads an older one notices nothing. Parts are named by the videos in them, so bu
 
 import hashlib
 import json
-import time
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +37,7 @@ from pipelines.models import (
     shape_of,
 )
 from pipelines.parts import Part, make_parts
-from pipelines.tracking import Run
+from pipelines.watch import Watch
 
 KIND, SNAPSHOT = "latent cache", "snapshot"
 LATEST = "latest.json"
@@ -91,7 +90,6 @@ class Cache:
 
 def build_cache(config: Config) -> Cache:
     """A snapshot of the catalog. Finished already: does nothing. Begun: makes the parts that are missing."""
-    begin = time.monotonic()
     catalog = read_catalog(config.catalog, storage.join(config.out, "shapes"))
     family = family_of(config)
     if family.frames < 2 or min(family.height, family.width) < SMALLEST:
@@ -105,29 +103,21 @@ def build_cache(config: Config) -> Cache:
         print(f"{KIND}: snapshot {name} of {folder.uri} is finished; nothing to do")
         return _latest(folder.uri, name)
 
+    watch = Watch(config, snapshot, len(catalog) * config.cache.views_per_video)
     folder.begin(config.model_dump_json(indent=1))
     snapshot.begin(config.model_dump_json(indent=1))
     plan = _planned(snapshot, folder.uri, catalog, config.cache.videos_per_part)
-    transient = _make(config, folder, catalog, plan)
+    transient = _make(config, folder, catalog, plan, watch)
     if transient:
         raise Unfinished(
             f"{len(transient)} parts wait for videos that could not be read for passing reasons ({transient[0]}). "
             "Run the same command again, or accept them with cache.accept_transient=true"
         )
+    watch.keep()
     _finish(folder, snapshot, plan, config.cache.views_per_video)
     cache = _latest(folder.uri, name)
-    if config.tracking.uri:
-        _track(config, cache, time.monotonic() - begin)
+    watch.finish({"cache": cache.uri, "cache_fingerprint": cache.fingerprint}, cache.counts)
     return cache
-
-
-def _track(config: Config, cache: Cache, seconds: float) -> None:
-    """A run of its own, beside those of the rows."""
-    run = Run(config, "cache", "cache", cache.fingerprint)
-    run.parameters({key: value for key, value in cache.encoding.items() if key != "code"})
-    run.tags({"cache": cache.uri})
-    run.metrics(cache.counts | {"seconds": seconds, "clips_per_second": cache.counts["clips"] / seconds})
-    run.finish()
 
 
 def encoding_of(config: Config, family: Family) -> Identity:
@@ -242,7 +232,7 @@ def hashes_of(catalog: Catalog) -> np.ndarray:
 # -- making them -----------------------------------------------------------------------------------------------------
 
 
-def _make(config: Config, folder: Artifact, catalog: Catalog, plan: pa.Table) -> list[str]:
+def _make(config: Config, folder: Artifact, catalog: Catalog, plan: pa.Table, watch: Watch) -> list[str]:
     """What the makers said of parts that they could not make."""
     import ray
 
@@ -264,7 +254,7 @@ def _make(config: Config, folder: Artifact, catalog: Catalog, plan: pa.Table) ->
     cluster.refuse_unseen(_examples(catalog))  # on a node that does not see a video it would be missing for ever
     rows = ray.put(replace(catalog, table=catalog.table.take(order)))
     arguments = {"config": config.model_dump(), "folder": folder.path("parts"), "catalog": rows}
-    return make_parts(KIND, "clips", parts, PartMaker, arguments, config.cache.gpus, _noted)
+    return make_parts("cache", "clips", parts, PartMaker, arguments, config.cache.gpus, watch)
 
 
 def _examples(catalog: Catalog) -> Iterable[str]:
@@ -276,11 +266,6 @@ def _examples(catalog: Catalog) -> Iterable[str]:
             below = f"{folder.rstrip('/')}/"
             found = (source for source in sources if source.startswith(below) and storage.exists(source))
             yield from islice(found, 1)
-
-
-def _noted(told: Counter[str]) -> str:
-    busy = told["encoding"] / max(told["seconds"], 1e-9)  # the rest of it they wait for decoders
-    return f"{told['rejected']} videos rejected, {told['bytes'] / 1e6:.1f} MB, encoders busy {busy:.0%}"
 
 
 def _finish(folder: Artifact, snapshot: Artifact, plan: pa.Table, views: int) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import posixpath
 from collections import Counter
 
@@ -16,12 +17,14 @@ from pipelines.config import Config
 from pipelines.errors import Unfinished
 from pipelines.initial_noise import MomentsMaker
 from pipelines.models import family_of
-from pipelines.progress import Progress
+from pipelines.progress import Progress, clock
 from pipelines.reader import SCORES, ClipReader, scored
+from pipelines.watch import BUILD
 
 SHOWN = 8  # clips on the contact sheet, three frames of each
 LOOKED_AT = 8  # parts whose moments are computed again by `verify`
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+BARS = "·▁▂▃▄▅▆▇█"  # none, and few to as many as any
 
 
 def show_cache(config: Config) -> None:
@@ -58,12 +61,32 @@ def card(cache: Cache) -> str:
         f"  rejected    {counts['rejected_videos']:,} videos"
         + (": " + ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common()) if reasons else ""),
         f"  bytes       {counts['bytes']:,}, {counts['bytes'] / max(counts['clips'], 1):,.0f} a clip",
-        "  scores      " + "".join(f"{f'{q:.0%}':>9}" for q in QUANTILES),
+        *_built(cache),
+        "  scores      "
+        + "".join(f"{f'{q:.0%}':>9}" for q in QUANTILES)
+        + f"   {QUANTILES[0]:.0%} to {QUANTILES[-1]:.0%}",
     ]
     for score in (score for score in SCORES if len(index) and scored(index, score)):
-        values = np.quantile(index[score].to_numpy(), QUANTILES)
-        lines.append(f"    {score:<14}" + "".join(f"{value:9.3f}" for value in values))
+        values = index[score].to_numpy()
+        quantiles = np.quantile(values, QUANTILES)
+        shown = "".join(f"{value:9.3f}" for value in quantiles)
+        lines.append(f"    {score:<14}{shown}   {_histogram(values, quantiles[0], quantiles[-1])}")
     return "\n".join(lines)
+
+
+def _built(cache: Cache) -> list[str]:
+    uri = storage.join(cache.manifest.uri, BUILD)
+    if not storage.exists(uri):
+        return []
+    told = json.loads(storage.read(uri))
+    busy = ", ".join(f"{name} {told[f'{name}_busy']:.0%}" for name in ("decoding", "encoding"))
+    return [f"  built       in {clock(told['seconds'])}, {told['clips_per_second']:.3g} clips/s; {busy} of the time"]
+
+
+def _histogram(values: np.ndarray, low: float, high: float) -> str:
+    """Equal steps from `low` to `high`; what is beyond counts at the ends."""
+    counts, _ = np.histogram(values.clip(low, high), 10, (low, high))
+    return "".join(BARS[-(-count * (len(BARS) - 1) // counts.max())] for count in counts)
 
 
 def contact_sheet(config: Config, cache: Cache) -> bytes:

@@ -8,6 +8,7 @@ there without extension, `cats~one`. In the last two / is ~, and what is not a l
 
 import csv
 import hashlib
+import json
 import posixpath
 import re
 from collections import Counter
@@ -24,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from pipelines import storage, tars
+from pipelines.artifact import code
 from pipelines.config import CatalogConfig
 from pipelines.errors import UserError
 
@@ -330,11 +332,15 @@ def _csv_rows(videoids: pa.Array, pages: pa.Array | None, captions: pa.Array, ra
 
 
 def _read_tar(uri: str, root: int) -> pa.Table:
-    with _named("tars", uri), storage.ranges(uri) as read_at:
-        try:
-            found = tars.samples(read_at)
-        except tars.Damaged:
-            raise UserError(f"catalog.tars={uri}: is no tar; it begins with {read_at(0, 24)!r}") from None
+    def samples() -> bytes:
+        with storage.ranges(uri) as read_at:
+            try:
+                return json.dumps(tars.samples(read_at)).encode()
+            except tars.Damaged:
+                raise UserError(f"catalog.tars={uri}: is no tar; it begins with {read_at(0, 24)!r}") from None
+
+    with _named("tars", uri):
+        found = [tars.Sample(*each) for each in json.loads(storage.kept_result(uri, code("pipelines.tars"), samples))]
     return _table(
         [tars.member_id(uri, sample.name) for sample in found],
         [sample.caption for sample in found],

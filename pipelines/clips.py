@@ -75,7 +75,7 @@ class PartMaker:
         rows: list[dict[str, Any]] = []
         rejects: list[dict[str, Any]] = []
         self.captions = {}
-        begin, encoding = time.monotonic(), 0.0
+        begin, decoding, encoding = time.monotonic(), self.decoders.busy, 0.0
         videos = self.catalog.videos(plan["start"], plan["stop"])
         for video, decoded in zip(videos, self.decoders.ahead(self.decode, videos), strict=True):
             try:
@@ -91,8 +91,10 @@ class PartMaker:
                     return Made(None, f"{video.videoid}: {problem[:500]}")
                 rejects.append(self._reject(video, "io", problem))
         index, size = self._write(plan["name"], rows, rejects)
-        told = {"rejected": len(rejects), "bytes": size, "encoding": encoding, "seconds": time.monotonic() - begin}
-        return Made(index, told=told)
+        told = {"videos": len(videos), "clips": len(rows), "rejected_videos": len(rejects), "bytes": size}
+        shares = (self.decoders.busy - decoding) / self.config.cache.decoders  # of one process
+        busy = {"decoding": shares, "encoding": encoding, "seconds": time.monotonic() - begin}
+        return Made(index, told=told | busy)
 
     def _read(self, video: Video) -> bytes:
         if video.problem:

@@ -168,7 +168,9 @@ class CacheConfig(Section):
     test: float = Field(0.3, description="share of the videos held out for generating and scoring", ge=0, le=1)
     aesthetic: AestheticConfig = AestheticConfig()
     decoder: Literal["pyav", "decord"] = Field("pyav", description="pyav skips frames that nothing needs: faster")
-    decode_seconds: PositiveFloat = Field(60, description="a video that takes longer to decode is rejected")
+    decode_seconds: PositiveFloat = Field(
+        60, description="a video that takes longer to decode, and twice as long when tried again, is rejected"
+    )
     videos_per_part: PositiveInt = Field(
         300, description="videos in one file of the cache; of 600 clips, their moments are below 2 % of it"
     )

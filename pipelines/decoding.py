@@ -6,10 +6,11 @@
             clip = future.result()  # while the next videos are read and decoded
 
 `wanted(count, fps)` answers the indices of frames. It runs in the caller, may be a closure and may raise BadVideo.
-Opening or decoding that takes longer than `seconds` is killed (BadVideo "hung"). A process that dies may have been
-killed for what others did, as where memory runs out: a new one tries the video once more, `wanted` is called again, and
-if that dies too, it is the video's fault (BadVideo "decoder_died"). Whatever else a decoder raises is raised in the
-caller.
+Opening and decoding that takes longer than `seconds` is killed, and so is a process that dies by itself. Both may be
+the machine's fault, as where others take its cores or its memory: a new process tries the video once more, for twice as
+long at most, and `wanted` is called again. If that fails too, it is the video's fault (BadVideo "hung" or
+"decoder_died"), which has cost three times `seconds` and the start of two processes. Whatever else a decoder raises is
+raised in the caller.
 
 Nothing can be left behind: what is shared is a file in memory that has no name, an idle process ends when its parent
 does, and one that hangs has the kernel's alarm set.
@@ -21,6 +22,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,7 +32,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -97,6 +99,11 @@ class DecodePool:
             child.stop()
             self._idle.put(child)
 
+    @property
+    def busy(self) -> float:
+        """Seconds that the processes have decoded, all together."""
+        return sum(child.busy for child in self._children)
+
     def __enter__(self) -> Self:
         return self
 
@@ -106,8 +113,12 @@ class DecodePool:
         self.close()
 
 
-class _Died(Exception):
-    """A process died while it decoded."""
+class _Failed(Exception):
+    """A process died while it decoded, or was killed because that took too long."""
+
+    def __init__(self, reason: Literal["hung", "decoder_died"], how: str) -> None:
+        super().__init__(how)
+        self.reason = reason
 
 
 class _Child:
@@ -115,6 +126,7 @@ class _Child:
 
     def __init__(self, decoder: type[Decoder], seconds: float) -> None:
         self._decoder, self._seconds = decoder, seconds
+        self.busy = 0.0
         self._start()
 
     def decode(self, data: bytes, wanted: Callable[[int, float], Sequence[int]], *size: Any) -> Decoded:
@@ -124,22 +136,28 @@ class _Child:
         if self._process.poll() is not None:  # killed between two videos: no fault of this one
             self._restart()
         try:
-            return self._attempt(data, wanted, *size)
-        except _Died as first:
+            return self._attempt(self._seconds, data, wanted, *size)
+        except _Failed as first:
             try:
-                return self._attempt(data, wanted, *size)
-            except _Died as second:
-                message = f"the process that decoded it died: {first}; so did another one: {second}"
-                raise BadVideo("decoder_died", message) from None
+                return self._attempt(2 * self._seconds, data, wanted, *size)
+            except _Failed as second:
+                message = f"the process that decoded it: {first}; another one: {second}"
+                raise BadVideo(second.reason, message) from None
 
-    def _attempt(self, data: bytes, wanted: Callable[[int, float], Sequence[int]], *size: Any) -> Decoded:
+    def _attempt(
+        self, seconds: float, data: bytes, wanted: Callable[[int, float], Sequence[int]], *size: Any
+    ) -> Decoded:
         self._await_start()
-        _write(self._memory.fileno(), data)
-        count, fps = self._ask("open", len(data))
-        indices = list(wanted(count, fps))
-        frames = torch.empty(self._ask("frames", indices, *size), dtype=torch.uint8)
-        _read(self._memory.fileno(), frames.numpy())
-        return Decoded(frames, indices, count, fps)
+        begin = time.monotonic()
+        try:
+            _write(self._memory.fileno(), data)
+            count, fps = self._ask(begin, seconds, "open", len(data))
+            indices = list(wanted(count, fps))
+            frames = torch.empty(self._ask(begin, seconds, "frames", indices, *size), dtype=torch.uint8)
+            _read(self._memory.fileno(), frames.numpy())
+            return Decoded(frames, indices, count, fps)
+        finally:
+            self.busy += time.monotonic() - begin
 
     def stop(self) -> None:
         self._process.kill()
@@ -168,7 +186,7 @@ class _Child:
         killed = 0
         while not self._started:
             try:
-                self._pipe.send((self._decoder, self._seconds))
+                self._pipe.send(self._decoder)
                 self._pipe.recv()
                 self._started = True
             except (EOFError, OSError):
@@ -179,20 +197,21 @@ class _Child:
                     how = f"{_said(code)}, see its output"
                     raise RuntimeError(f"a process to decode videos cannot start: {how}") from None
 
-    def _ask(self, *question: Any) -> Any:
+    def _ask(self, begin: float, seconds: float, *question: Any) -> Any:
+        left = max(0.0, begin + seconds - time.monotonic())
         try:
-            self._pipe.send(question)
-            answer = self._pipe.recv() if self._pipe.poll(self._seconds) else None
+            self._pipe.send((left, *question))
+            answer = self._pipe.recv() if self._pipe.poll(left) else None
         except (EOFError, OSError):
             how = _said(self._process.wait())
             self._restart()
-            raise _Died(how) from None
+            raise _Failed("decoder_died", how) from None
         except BaseException:  # an interrupt: what would be answered belongs to nobody
             self._restart()
             raise
         if answer is None:
             self._restart()
-            raise BadVideo("hung", f"it was not decoded within {self._seconds:g} s")
+            raise _Failed("hung", f"not done within {seconds:g} s")
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -210,13 +229,13 @@ def _serve(pipe: int, memory: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     torch.set_num_threads(1)  # the cores are kept busy by other videos
     connection = Connection(pipe)
-    decoder, seconds = connection.recv()
+    decoder = connection.recv()
     video: Decoder
     answer: Any = None
     while True:
         try:
             connection.send(answer)
-            question, *about = connection.recv()
+            seconds, question, *about = connection.recv()
         except (EOFError, OSError):
             return
         # The parent kills sooner; this is for when there is none. A hang that holds the GIL does not stop the kernel.

@@ -48,12 +48,13 @@ def make_parts(
     maker: Callable[..., Maker],
     arguments: dict[str, Any],
     gpus: float = 0,
-    note: Callable[[Counter[str]], str] = lambda told: "",
+    note: Callable[[int, Counter[str]], str] = lambda done, told: "",
 ) -> list[str]:
     """Have every part made that is not there yet. Answers what the makers said of parts that they could not make.
 
-    A worker has a CPU, and `gpus` of a GPU. `note` words the sums of what they tell. Files that cannot be read or
-    written are Unfinished: at once where that lasts, else when all others are made or part after part has failed.
+    A worker has a CPU, and `gpus` of a GPU. `note` words how much is done, and the sums of what makers told. Files that
+    cannot be read or written are Unfinished: at once where that lasts, else when all others are made or part after part
+    has failed.
     """
     import ray
 
@@ -98,7 +99,7 @@ def make_parts(
             continue
         in_a_row = 0
         told.update(json.loads(row["told"]))
-        progress.advance(row["size"], note(told))
+        progress.advance(row["size"], note(progress.done + row["size"], told))
     if failed:
         raise Unfinished(f"{label}: {len(failed)} parts are missing ({failed[0]}). Run the same command again")
     return problems

@@ -19,13 +19,13 @@ class Progress:
         self._next = now + (0.2 if self._terminal else 5)
         rate = (self.done - self._before) / max(now - self._begin, 1e-6)
         left = (self.total - self.done) / rate if rate else 0
-        line = f"{self.name}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {_clock(left)} left"
+        line = f"{self.name}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {clock(left)} left"
         line += f", {note}" if note else ""
         ends = "\n" if not self._terminal or self.done >= self.total else ""
         print(f"\r\033[K{line}" if self._terminal else line, end=ends, flush=True)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -152,7 +152,7 @@ def kept_copy(uri: str) -> Path:
         if not found:
             raise FileNotFoundError(f"{uri}: there is nothing")
         version = repr(sorted((path, info.get("size"), info.get("ETag")) for path, info in found.items()))
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "cil")
+        cache = _cache()
         kept = cache / hashlib.sha256(version.encode()).hexdigest()[:16] / posixpath.basename(uri.rstrip("/"))
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / f"{kept.parent.name}.lock").open("w") as lock:
@@ -164,6 +164,23 @@ def kept_copy(uri: str) -> Path:
                 _to_its_end(lambda: remote.get(uri, str(unfinished / kept.name), recursive=True))
                 os.replace(unfinished, kept.parent)
     return kept
+
+
+def kept_result(uri: str, code: str, make: Callable[[], bytes]) -> bytes:
+    """What `make` finds out about the file at `uri`: kept on this machine for each version of it, and of our `code`."""
+    if is_local(uri):
+        return make()
+    with _remote(uri) as remote:
+        info = remote.info(uri)
+    version = repr((uri, info.get("size"), info.get("ETag"), code))
+    kept = _cache() / f"{hashlib.sha256(version.encode()).hexdigest()[:16]}.kept"
+    if not kept.exists():
+        write(str(kept), make())
+    return kept.read_bytes()
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "cil")
 
 
 def read_rows(uri: str) -> list[dict[str, Any]]:

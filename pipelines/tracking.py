@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -200,6 +200,21 @@ def refuse_unreachable(config: Config) -> None:
             socket.create_connection((parts.hostname or "", port), timeout=5).close()
         except OSError as error:
             raise UserError(f"tracking.uri={config.tracking.uri}: cannot be reached ({error})") from None
+
+
+@contextlib.contextmanager
+def briefly() -> Iterator[None]:
+    """MLflow's client gives up a request after seconds, where it would try for minutes."""
+    limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    before = {name: os.environ.get(name) for name in limits}
+    os.environ.update(limits)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def open_study(config: Config) -> tuple[Any, str]:

@@ -27,7 +27,7 @@ Reason = Literal[
     "unknown_codec",  # nothing decodes it, or it is encrypted
     "no_timestamps",  # frames without a time of their own, as in a raw stream
     "damaged",  # frames that are wanted cannot be decoded whole
-    "hung",  # decoding took longer than the limit
+    "hung",  # decoding took longer than the limit, and in another process than twice that
     "decoder_died",  # decoding crashed its process twice, or took more memory than there is
     "too_short",  # fewer frames than a clip spans
     "not_finite",  # the encoder gave NaN or inf

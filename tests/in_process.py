@@ -1,5 +1,7 @@
 """Ray and decode processes left out: what they do is tested elsewhere, and takes seconds to start."""
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -21,15 +23,22 @@ class Here:
         if not missing:
             return []
         writer, problems = _PartWriter(maker, arguments), []
+        told, done = Counter(), sum(part.size for part in parts) - sum(part.size for part in missing)
         for part in missing:
             self.made.append(part.uri.rsplit("/", 1)[1])
             row = writer(asdict(part))
             problems.append(row["problem"] or row["failed"])
+            if note and not problems[-1]:
+                told.update(json.loads(row["told"]))
+                done += row["size"]
+                note(done, told)
         return [problem for problem in problems if problem]
 
 
 class DecodeHere:
     """Takes the place of DecodePool: no process is started."""
+
+    busy = 0.0
 
     def __init__(self, decoder, seconds, processes) -> None:
         self._decoder = decoder

@@ -93,8 +93,8 @@ def finished(process: subprocess.Popen, seconds: float = 120) -> str:
 
 
 def files(cache: Path) -> dict[str, bytes]:
-    """All of them, hidden ones too; but for config.json, which names the catalog's place."""
-    found = (file for file in cache.rglob("*") if file.is_file() and file.name != "config.json")
+    """All of them, hidden ones too; but for those that name the catalog's place and how long it took."""
+    found = (file for file in cache.rglob("*") if file.is_file() and file.name not in ("config.json", "build.json"))
     return {str(file.relative_to(cache)): file.read_bytes() for file in found}
 
 
@@ -207,7 +207,7 @@ def stored(endpoint: str, prefix: str) -> dict[str, bytes]:
     return {
         key.removeprefix(prefix): s3.get_object(Bucket="faults", Key=key)["Body"].read()
         for key in keys
-        if not key.endswith("config.json")
+        if not key.endswith(("config.json", "build.json"))
     }
 
 

@@ -165,6 +165,28 @@ def test_tars_are_indexed_with_a_request_a_sample_and_without_their_videos(endpo
         assert storage.read_range(*video.sources, video.offset, video.size) == key.encode() * 20_000
 
 
+def test_a_tar_is_indexed_once_for_each_version_of_it(endpoint, requests, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = CatalogConfig(tars="s3://webvid/again/*.tar")
+    for name in ("a", "b"):
+        storage.write(f"s3://webvid/again/{name}.tar", shard([f"{i:09d}" for i in range(12)]))
+
+    def asked() -> tuple[str, list[int]]:
+        requests.clear()
+        digest = read_catalog(config, "").digest
+        return digest, [sum(f"GET /webvid/again/{name}.tar " in line for line in requests) for name in ("a", "b")]
+
+    first, gets = asked()
+    assert gets == [13, 13]
+    assert asked() == (first, [0, 0])
+    storage.write("s3://webvid/again/b.tar", shard([f"{i:09d}" for i in range(1, 13)]))  # as many bytes
+    other, gets = asked()
+    assert other != first
+    assert gets == [0, 13]
+    monkeypatch.setattr("pipelines.catalog.code", lambda module: "another parser")
+    assert asked() == (other, [13, 13])
+
+
 def test_a_cut_tar_on_s3_is_what_it_is_on_a_disk(endpoint, tmp_path):
     data = shard(["a", "b", "c"])
     for cut in (512, 20_000, 30_000, 70_000, len(data) - 10_240):

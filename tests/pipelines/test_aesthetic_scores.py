@@ -106,7 +106,7 @@ def test_later_jobs_filter_and_balance_by_the_score(made, settings):
 def test_the_card_shows_the_scores_where_there_are_any(made, cache):
     (shown,) = re.findall(r"^ {4}aesthetic +(.*)$", card(with_scores := read_cache(made)), re.M)
     wanted = np.quantile(ClipReader(with_scores, None).values("aesthetic"), (0.01, 0.25, 0.5, 0.75, 0.99))
-    np.testing.assert_allclose([float(x) for x in shown.split()], wanted, atol=5.1e-4)
+    np.testing.assert_allclose([float(x) for x in shown.split()[: len(wanted)]], wanted, atol=5.1e-4)
     assert "aesthetic" not in card(cache)
 
 

@@ -1,6 +1,7 @@
 """What a cache's card says, and what is found when its files are looked at."""
 
 import io
+import json
 import re
 import shutil
 from pathlib import Path
@@ -13,8 +14,9 @@ from PIL import Image
 from cil.families import load
 from pipelines import storage
 from pipelines.cache import build_cache, read_cache
-from pipelines.card import card, contact_sheet, orphans, show_cache, snapshots, verify
+from pipelines.card import _histogram, card, contact_sheet, orphans, show_cache, snapshots, verify
 from pipelines.errors import Unfinished
+from pipelines.progress import clock
 from pipelines.reader import ClipReader
 
 
@@ -49,7 +51,39 @@ def test_the_card_has_the_spread_of_each_score(cache):
     for score in ("motion", "cut", "subject"):
         (shown,) = re.findall(rf"^ {{4}}{score} +(.*)$", text, re.M)
         wanted = np.quantile(reader.values(score), (0.01, 0.25, 0.5, 0.75, 0.99))
-        np.testing.assert_allclose([float(x) for x in shown.split()], wanted, atol=5.1e-4)
+        *quantiles, bars = shown.split()
+        np.testing.assert_allclose([float(x) for x in quantiles], wanted, atol=5.1e-4)
+        within = list(np.histogram(reader.values(score).clip(wanted[0], wanted[-1]), 10)[0])
+        assert len(bars) == 10
+        assert [bar == "·" for bar in bars] == [clips == 0 for clips in within]
+        assert [bar == "█" for bar in bars] == [clips > 7 / 8 * max(within) for clips in within]
+        assert [c for _, c in sorted(zip(within, bars, strict=True))] == sorted(bars, key="·▁▂▃▄▅▆▇█".index)
+
+
+def test_the_card_has_a_histogram_of_scores_that_are_all_the_same():
+    assert _histogram(np.zeros(5, np.float32), 0.0, 0.0) == "·····█····"
+    assert _histogram(np.arange(100.0), 0.0, 99.0) == "█" * 10
+    assert _histogram(np.array([-5.0, 0, 0, 0, 1, 9]), 0.0, 1.0) == "█········▄"
+    assert _histogram(np.array([0.5, *[1.0] * 1000]), 0.0, 1.0) == "·····▁···█"
+
+
+def test_the_card_tells_how_fast_the_run_was_that_made_the_last_parts(built, settings, cache, here):
+    (told,) = re.findall(
+        r"^  built       in (\d+:\d\d), (\S+) clips/s; decoding 0%, encoding (\d+)% of the time$", card(cache), re.M
+    )
+    known = json.loads(Path(cache.manifest.uri, "build.json").read_text())
+    assert told == (clock(known["seconds"]), f"{known['clips_per_second']:.3g}", f"{known['encoding_busy'] * 100:.0f}")
+    assert known["clips_per_second"] == pytest.approx(26 / known["seconds"])
+    # A run that finds all parts made leaves what the one before it told, and who has no such file has a card too.
+    Path(cache.manifest.uri, "manifest.json").unlink()
+    assert card(build_cache(settings(built))) == card(cache)
+    Path(cache.manifest.uri, "build.json").unlink()
+    assert "built" not in card(cache)
+
+
+def test_the_card_is_a_small_page(cache):
+    assert len(card(cache).splitlines()) <= 25
+    assert max(map(len, card(cache).splitlines()[1:])) <= 120
 
 
 def test_the_contact_sheet_has_three_frames_of_eight_clips_and_last_the_mean(built, settings, cache):

@@ -15,8 +15,9 @@ from pipelines.reader import ClipReader
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Of all files but config.json, which tells of the run that was the last to begin."""
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name != "config.json")
+    """Of all files but those that tell of a run: of the last to begin, and of the last to make parts."""
+    told = ("config.json", "build.json")
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in told)
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
@@ -116,6 +117,24 @@ def test_the_first_catalog_again_makes_its_snapshot_the_latest(built, settings, 
     assert build_cache(settings(built)).manifest == cache.manifest
     assert here.made == []
     assert read_cache(settings(built)).manifest == cache.manifest
+
+
+def test_a_video_that_arrives_later_is_added_under_another_id_as_the_page_says(
+    built, settings, here, videos, cache, ids
+):
+    before = digests(built / "cache/parts")
+    late = built / "arrived/late"
+    late.mkdir(parents=True)
+    shutil.copy(videos / f"{ids['a0']}.mp4", late / f"{ids['e2']}.mp4")
+    (late / f"{ids['e2']}.txt").write_text("caption of e2")
+    added = build_cache(settings(built, f"catalog.folder={built}/arrived"))
+    assert len(here.made) == 1
+    assert before.items() <= digests(built / "cache/parts").items()
+    assert added.counts["clips"] == cache.counts["clips"] + 2
+    known = {row["clip_id"]: row for row in added.index().to_pylist()}
+    assert known[f"late~{ids['e2']}:0"]["caption"] == "caption of e2"
+    rejects = storage.read_rows(f"{added.manifest.uri}/rejects.jsonl")
+    assert [row["videoid"] for row in rejects if row["reason"] == "missing"] == [ids["e2"]]  # stays told
 
 
 def test_a_shorter_catalog_makes_only_the_rest_of_a_part_anew(built, settings, here, videos, cache, ids):
