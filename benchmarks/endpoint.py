@@ -55,7 +55,7 @@ def serve(folder: str, delay: float, rate: float) -> None:
             path = Path(folder, *unquote(url.path).split("/")[2:])
             asked = parse_qs(url.query)
             if "list-type" in asked:
-                self._list(asked["prefix"][0])
+                self._list(asked.get("prefix", [""])[0], "delimiter" in asked)
             elif not path.is_file():
                 self._answer(404, 0)
             else:
@@ -107,13 +107,19 @@ def serve(folder: str, delay: float, rate: float) -> None:
                     while begin < end:
                         begin += os.sendfile(self.connection.fileno(), file.fileno(), begin, end - begin)
 
-        def _list(self, prefix: str) -> None:
+        def _list(self, prefix: str, one_level: bool) -> None:
             paths = [
                 p for p in Path(folder).rglob("*") if p.is_file() and str(p.relative_to(folder)).startswith(prefix)
             ]
+            below: set[str] = set()
+            if one_level:
+                rest = {p: str(p.relative_to(folder)).removeprefix(prefix) for p in paths}
+                below = {prefix + name.split("/")[0] + "/" for name in rest.values() if "/" in name}
+                paths = [p for p in paths if "/" not in rest[p]]
             when = "<LastModified>2024-01-01T00:00:00.000Z</LastModified>"
             rows = (f"<Key>{p.relative_to(folder)}</Key><Size>{p.stat().st_size}</Size>{when}" for p in paths)
             body = "".join(f"<Contents>{row}</Contents>" for row in rows)
+            body += "".join(f"<CommonPrefixes><Prefix>{name}</Prefix></CommonPrefixes>" for name in sorted(below))
             text = f"<ListBucketResult><KeyCount>{len(paths)}</KeyCount>{body}</ListBucketResult>".encode()
             self._answer(200, len(text))
             self.wfile.write(text)

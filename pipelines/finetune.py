@@ -62,9 +62,9 @@ def finetune(config: Config) -> dict[str, Manifest]:
 def choose_profile(config: Config, family: Family, rows: dict[str, TrainingRow], gpu: bool) -> zero.Profile:
     """One for all rows, as the largest of them needs it; refuses what cannot be."""
     settings = config.finetune
-    for name, row in rows.items():
+    for named, row in rows.items():
         if row.settings.precision == "float16" and not gpu:
-            raise UserError(f"finetune.rows.{name}.precision=float16: needs a GPU; bfloat16 works on CPUs too")
+            raise UserError(f"finetune.rows.{named}.precision=float16: needs a GPU; bfloat16 works on CPUs too")
     name = settings.deepspeed
     if name == "auto":
         memory = cluster.gpu_memory() if gpu else None
@@ -75,9 +75,9 @@ def choose_profile(config: Config, family: Family, rows: dict[str, TrainingRow],
         print(f"finetune: DeepSpeed profile {name} (infra/deepspeed): {why}")
     profile = zero.profile_of(name)
     if not zero.stage_of(profile):
-        for row, trained in rows.items():
-            if trained.settings.precision != "float32":
-                wanted = f"finetune.rows.{row}.precision={trained.settings.precision}"
+        for named, row in rows.items():
+            if row.settings.precision != "float32":
+                wanted = f"finetune.rows.{named}.precision={row.settings.precision}"
                 raise UserError(f"finetune.deepspeed={settings.deepspeed}: ZeRO 0 trains float32 alone, not {wanted}")
     if settings.recompute:
         try:
