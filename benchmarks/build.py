@@ -99,6 +99,7 @@ def by_loop(config: Config) -> float:
     with ExitStack() as patched:
         patched.enter_context(mock.patch("ray.put", lambda value: value))
         patched.enter_context(mock.patch("pipelines.cluster.connect"))
+        patched.enter_context(mock.patch("pipelines.cluster.refuse_unseen"))
         patched.enter_context(mock.patch.object(cache, "make_parts", make_here))
         return steady(cache.build_cache(config))
 
