@@ -3,11 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from cil import CleanCondition, ConstantNoise, TimeNoise
+from cil import CDM, CleanCondition, ConstantNoise, TimeNoise
 from cil.families import load
 from pipelines.config import ConditioningConfig, RowConfig
 from pipelines.config import load as configured
-from pipelines.finetune import conditioning_noise, describe_noise, learning_rate
+from pipelines.finetune import describe_noise
+from pipelines.trainer import conditioning_noise, learning_rate
 from pipelines.weights import plan_weights
 
 TOY = load("toy")
@@ -21,10 +22,22 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_as_a_cosine():
     assert 0 < learning_rate(row, 990) < 0.002
 
 
+def test_after_the_warm_up_it_falls_as_a_line_or_does_not():
+    linear, constant = (
+        RowConfig(samples=1000, batch=10, warmup=100, lr=2.0, schedule=schedule) for schedule in ("linear", "constant")
+    )
+    assert learning_rate(linear, 0) == learning_rate(constant, 0) == pytest.approx(0.2)
+    assert learning_rate(linear, 100) == learning_rate(constant, 100) == pytest.approx(2.0)
+    assert learning_rate(linear, 325) == pytest.approx(1.5)
+    assert learning_rate(linear, 990) == pytest.approx(2 / 90)
+    assert learning_rate(constant, 990) == 2.0
+
+
 def test_one_word_chooses_the_conditioning_noise():
     assert conditioning_noise(ConditioningConfig(kind="none"), TOY) == CleanCondition()
     assert conditioning_noise(ConditioningConfig(kind="timenoise", beta_m=2, a=3), TOY) == TimeNoise(2, 3)
     assert conditioning_noise(ConditioningConfig(kind="constant", level=0.7), TOY) == ConstantNoise(0.7)
+    assert conditioning_noise(ConditioningConfig(kind="cdm", level=0.7), TOY) == CDM(0.7)
 
 
 @pytest.mark.parametrize(("name", "beta_m"), [("toy", 1), ("dynamicrafter", 25), ("videocrafter1", 100), ("svd", 15)])
@@ -37,6 +50,8 @@ def test_timenoise_is_the_familys_where_no_other_is_asked_for(name, beta_m):
 def test_the_constant_control_has_the_mean_level_of_the_timenoise_it_controls():
     control = conditioning_noise(ConditioningConfig(kind="constant", beta_m=2, a=3), TOY)
     assert control == ConstantNoise(TimeNoise(2, 3).mean_level())
+    drawn = conditioning_noise(ConditioningConfig(kind="cdm", beta_m=2, a=3), TOY)
+    assert drawn == CDM(2 * TimeNoise(2, 3).mean_level())  # uniform from 0
 
 
 def test_what_timenoise_is_over_the_training_times_is_said_and_warned_of_where_it_is_constant():
