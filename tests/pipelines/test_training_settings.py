@@ -1,3 +1,4 @@
+import json
 import math
 from types import SimpleNamespace
 
@@ -5,9 +6,12 @@ import pytest
 
 from cil import CDM, CleanCondition, ConstantNoise, TimeNoise
 from cil.families import load
+from pipelines.cache import build_cache
 from pipelines.config import ConditioningConfig, RowConfig
 from pipelines.config import load as configured
-from pipelines.finetune import describe_noise
+from pipelines.errors import UserError
+from pipelines.finetune import choose_profile, describe_noise, finetune
+from pipelines.models import family_of
 from pipelines.trainer import conditioning_noise, learning_rate
 from pipelines.weights import plan_weights
 
@@ -75,3 +79,49 @@ def test_weights_know_which_watermark_their_loss_left_out_and_no_other(tmp_path)
     leaving_out = "finetune.row.unmarked=true"
     assert identity(one) == identity(other)
     assert len({identity(one), identity(one, leaving_out), identity(other, leaving_out)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["finetune.row.precision=float16"], "finetune.rows.base.precision=float16: needs a GPU; bfloat16 works"),
+        (["finetune.deepspeed=zero-9"], "finetune.deepspeed=zero-9: auto, one of zero-0, zero-1, .*zero-3-offload"),
+        (["finetune.deepspeed=own.json"], "finetune.deepspeed=own.json: auto, one of zero-0"),
+        (["finetune.recompute=true"], "finetune.recompute: the networks of the family toy cannot recompute"),
+        (
+            ["finetune.deepspeed=zero-0", "finetune.row.precision=bfloat16"],
+            "finetune.deepspeed=zero-0: ZeRO 0 trains float32 alone, not finetune.rows.base.precision=bfloat16",
+        ),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused_in_one_line(overrides, said):
+    config = configured(None, ["family.preset=tiny", *overrides])
+    with pytest.raises(UserError, match=said) as error:
+        choose_profile(config, family_of(config), config.training_rows(), gpu=False)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"zero_optimization": {"stage": 1}, "fp16": {}, "train_batch_size": 4}', "sets fp16, train_batch_size, which"),
+        ("[]", "holds no DeepSpeed configuration"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_a_profile_of_the_users_says_nothing_that_the_row_says(tmp_path, text, said):
+    file = tmp_path / "own.json"
+    file.write_text(text)
+    config = configured(None, ["family.preset=tiny", f"finetune.deepspeed={file}"])
+    with pytest.raises(UserError, match=rf"finetune.deepspeed={file}: .*{said}"):
+        choose_profile(config, family_of(config), config.training_rows(), gpu=False)
+    file.write_text(json.dumps(own := {"zero_optimization": {"stage": 3, "stage3_max_live_parameters": 7}}))
+    assert choose_profile(config, family_of(config), config.training_rows(), gpu=False) == own
+
+
+def test_validation_without_clips_for_it_is_refused(settings, here, tmp_path):
+    config = settings(tmp_path, "cache.validation=0", "catalog.limit=6", "finetune.validate_every=80")
+    build_cache(config)
+    with pytest.raises(UserError, match=r"finetune\.validate_every: no clip in .* is for validation; see cache\.valid"):
+        finetune(config)
+    assert not (tmp_path / "weights").exists()
