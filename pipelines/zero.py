@@ -107,7 +107,7 @@ def engine_of(net: nn.Module, profile: Mapping[str, Any], row: RowConfig, micro_
         "steps_per_print": 10**9,
     }
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    told = {"lr": row.lr, "weight_decay": row.weight_decay}
+    told: dict[str, Any] = {"lr": row.lr, "weight_decay": row.weight_decay}
     if offloads(dict(profile)):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
