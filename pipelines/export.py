@@ -36,9 +36,7 @@ def write_stored(
     config: Config, family: Family, row: RowConfig, seed: int, stored: Stored, weights: Artifact
 ) -> Manifest:
     """What is trained comes from the checkpoint, what is frozen from the weights that the row began with."""
-    averaged, raw = (
-        merged(trained_network(config, family, row, seed, stored.of(kind))) for kind in (AVERAGE, WEIGHTS)
-    )
+    averaged, raw = (merged(trained_network(config, family, row, seed, stored.of(kind))) for kind in (AVERAGE, WEIGHTS))
     counts = {name: stored.told[name] for name in ("samples", "steps", "clips", "skipped_batches")}
     return write_weights(weights, family, averaged, raw, counts)
 

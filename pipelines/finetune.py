@@ -20,6 +20,7 @@ from pipelines.reader import ClipReader
 from pipelines.tracking import refuse_unreachable, store_uri
 from pipelines.weights import KIND, plan_weights, trained_network, uri_of
 
+
 def finetune(config: Config) -> dict[str, Manifest]:
     """Every row of the study trained; answers their weights."""
     cache, family = read_cache(config), family_of(config)

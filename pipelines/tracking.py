@@ -55,7 +55,7 @@ class Run:
             self._client.set_tag(self.id, f"cil.{key}", value)
 
     def metrics(self, values: dict[str, float], step: int = 0, at: int | None = None) -> None:
-        """Each step has one point: what an earlier attempt logged already is not logged again. `at`: in milliseconds."""
+        """Each step has one point: what an earlier attempt has logged is not logged again. `at`: in milliseconds."""
         from mlflow.entities import Metric
 
         new = {name: value for name, value in values.items() if step > self._logged(name)}

@@ -52,7 +52,7 @@ class RowTrainer:
         news: Callable[..., None],
         leaving: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`news` is told how far rank 0 is, and what it left out; `leaving` says whether a node of these workers is about to go."""
+        """`news` is told how far rank 0 is, and what it left out; `leaving` says whether a node is about to go."""
         self.config, self.settings, self.name, self.made, self.cache = config, config.finetune, name, made, cache
         self.row, self.seed, self.profile, self.news, self.leaving = row.settings, row.seed, profile, news, leaving
         self.rank, self.world = dist.get_rank(), dist.get_world_size()

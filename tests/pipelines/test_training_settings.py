@@ -104,7 +104,10 @@ def test_a_training_that_cannot_be_is_refused_in_one_line(overrides, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"zero_optimization": {"stage": 1}, "fp16": {}, "train_batch_size": 4}', "sets fp16, train_batch_size, which"),
+        (
+            '{"zero_optimization": {"stage": 1}, "fp16": {}, "train_batch_size": 4}',
+            "sets fp16, train_batch_size, which",
+        ),
         ("[]", "holds no DeepSpeed configuration"),
         ("{", "cannot be read"),
     ],
