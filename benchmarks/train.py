@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks import Row, main, paired
 from cil import Draws, Objective
-from pipelines import finetune, tracking
+from pipelines import finetune, tracking, trainer
 from pipelines.cache import build_cache
 from pipelines.config import load
 from pipelines.make_shapes import make_shapes
@@ -59,11 +59,11 @@ def _ms_a_step(points: list[Any], batch: int) -> list[float]:
 
 def train_in_turn(loop: dict[str, Any]) -> None:
     """What the Ray Train worker runs: jobs.finetune's loop, and after each point of its curves the bare one."""
-    with mock.patch.object(finetune, "RowTrainer", WithBare):
+    with mock.patch.object(trainer, "RowTrainer", WithBare):
         finetune.train_rows(loop)
 
 
-class WithBare(finetune.RowTrainer):
+class WithBare(trainer.RowTrainer):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.bare = Bare(self)
@@ -73,13 +73,13 @@ class WithBare(finetune.RowTrainer):
         begin = time.perf_counter()
         rate = self.bare.samples_per_second(self.config.finetune.log_every)
         self.run.metrics({RATES[1]: rate}, self.samples)
-        self.curve.begin += time.perf_counter() - begin  # none of this is the stack's
+        self.curve.left_out(time.perf_counter() - begin)  # none of this is the stack's
 
 
 class Bare:
     """A plain loop."""
 
-    def __init__(self, stack: finetune.RowTrainer) -> None:
+    def __init__(self, stack: trainer.RowTrainer) -> None:
         self.row, self.family = stack.row, stack.family
         clips = [
             list(range(i, i + self.row.batch)) for i in range(0, len(stack.clips) - self.row.batch, self.row.batch)

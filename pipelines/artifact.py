@@ -6,6 +6,7 @@ configuration never mixes with what an interrupted one left.
 
 import hashlib
 import json
+import subprocess
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -134,6 +135,20 @@ def _read_json(uri: str) -> dict[str, Any]:
     if not isinstance(body, dict) or not {"kind", "schema_version", "fingerprint", "identity"} <= body.keys():
         raise UserError(f"{uri} is not one of ours: remove its folder, and run the job that makes it again")
     return body
+
+
+def commit() -> dict[str, str]:
+    """Of the working tree that this file is in, if it is in one; `-dirty` where something was changed since."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # or it is installed in somebody else's tree
+        return {"commit": git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
 
 
 def versions() -> dict[str, str]:

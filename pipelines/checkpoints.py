@@ -69,7 +69,7 @@ class Writer:
         try:
             with storage.creating(storage.join(folder, _shard(self.rank, self.world))) as path:
                 save_file(self._copies, path, {"ranges": json.dumps(ranges)})
-        except OSError as error:
+        except Exception as error:  # whatever it is, the other ranks wait for a word
             failed = f"rank {self.rank}: {error}"
         if problems := [problem for problem in self._all(failed) if problem]:
             raise OSError(f"the checkpoint at {folder} could not be written: {'; '.join(problems)}")

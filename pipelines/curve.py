@@ -1,5 +1,6 @@
 """The training loss between two points of the curve, in all and by bucket of t, where leakage can be seen."""
 
+import resource
 import time
 
 import torch
@@ -42,8 +43,18 @@ class Curve:
             "samples_per_second": float(count.sum()) / seconds,
             "data_wait": self.waited / seconds,
         }
+        memory: list[float] = [0.0] * dist.get_world_size()
+        dist.all_gather_object(memory, _gib(self.device))
+        values |= {f"memory_gib_rank{rank}": gib for rank, gib in enumerate(memory)}
         for bucket in range(BUCKETS):
             if count[bucket]:
                 values[f"loss_t{bucket * 1000 // BUCKETS:03d}"] = float(loss[bucket] / count[bucket])
         self._clear()
         return values
+
+
+def _gib(device: torch.device) -> float:
+    """The most that was ever used: by tensors on a GPU, or by this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux says it in KiB

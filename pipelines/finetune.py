@@ -20,8 +20,6 @@ from pipelines.reader import ClipReader
 from pipelines.tracking import refuse_unreachable, store_uri
 from pipelines.weights import KIND, plan_weights, trained_network, uri_of
 
-OURS = ("ArithmeticError", "UserError")  # errors that would come again
-
 
 def finetune(config: Config) -> dict[str, Manifest]:
     """Every row of the study trained; answers their weights."""
@@ -75,9 +73,9 @@ def choose_profile(config: Config, family: Family, rows: dict[str, TrainingRow],
         print(f"finetune: DeepSpeed profile {name} (infra/deepspeed): {why}")
     profile = zero.profile_of(name)
     if not zero.stage_of(profile):
-        for named, row in rows.items():
+        for each, row in rows.items():
             if row.settings.precision != "float32":
-                wanted = f"finetune.rows.{named}.precision={row.settings.precision}"
+                wanted = f"finetune.rows.{each}.precision={row.settings.precision}"
                 raise UserError(f"finetune.deepspeed={settings.deepspeed}: ZeRO 0 trains float32 alone, not {wanted}")
     if settings.recompute:
         try:
@@ -92,8 +90,8 @@ def _fit(config: Config, missing: list[str], identities: dict[str, Identity], pr
     from ray.util.queue import Queue
 
     settings = config.finetune
-    news = Queue()
-    listener = threading.Thread(target=_print_progress, args=(news,), daemon=True)
+    news, stopped = Queue(), list[str]()
+    listener = threading.Thread(target=_listen, args=(news, stopped), daemon=True)
     listener.start()
     loop = {"config": config.model_dump(), "identities": identities, "profile": profile, "gpu": gpu, "news": news}
     trainer = ray.train.torch.TorchTrainer(
@@ -111,7 +109,7 @@ def _fit(config: Config, missing: list[str], identities: dict[str, Identity], pr
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         reason = str(error).strip().splitlines()[-1]
-        if any(ours in reason for ours in OURS):
+        if "UserError" in reason:  # it would come again
             raise UserError(f"training of {', '.join(missing)} stopped: {reason}") from error
         raise Unfinished(
             f"training of {', '.join(missing)} stopped: {reason}. The same command goes on from here"
@@ -120,6 +118,8 @@ def _fit(config: Config, missing: list[str], identities: dict[str, Identity], pr
         news.put(None)
         listener.join()
         news.shutdown()
+    if stopped:
+        raise UserError(f"training of {', '.join(missing)} stopped: {stopped[0]}")
 
 
 def train_rows(loop: dict[str, Any]) -> None:
@@ -128,7 +128,7 @@ def train_rows(loop: dict[str, Any]) -> None:
     import ray.train
     import torch.distributed as dist
 
-    from pipelines.trainer import RowTrainer
+    from pipelines.trainer import NotFinite, RowTrainer
 
     config = Config.model_validate(loop["config"])
     cache, rows = read_cache(config), config.training_rows()
@@ -138,7 +138,7 @@ def train_rows(loop: dict[str, Any]) -> None:
     dist.broadcast_object_list(finished)
     for name, row in rows.items():
         if name not in finished[0]:
-            RowTrainer(
+            trainer = RowTrainer(
                 config,
                 name,
                 row,
@@ -147,7 +147,13 @@ def train_rows(loop: dict[str, Any]) -> None:
                 loop["profile"],
                 lambda *told: loop["news"].put(told),
                 lambda: ray.train.get_preemption_info() is not None,
-            ).train()
+            )
+            try:
+                trainer.train()
+            except NotFinite as error:  # it would come again, and Ray would try it again
+                if dist.get_rank() == 0:
+                    loop["news"].put(str(error))
+                return
             dist.barrier()  # the next row may start from these weights
 
 
@@ -161,9 +167,15 @@ def describe_noise(config: ConditioningConfig, family: Family) -> str:
     return f"TimeNoise with {diagnose(noise, process.unit_time(process.training_times()))}"
 
 
-def _print_progress(news: Any) -> None:
+def _listen(news: Any, stopped: list[str]) -> None:
     bars: dict[str, Progress] = {}
     while (item := news.get()) is not None:
+        if isinstance(item, str):
+            stopped.append(item)
+            continue
+        if len(item) == 1:
+            print(f"finetune: {item[0]}", flush=True)
+            continue
         name, samples, total, loss = item
         if name in bars:
             bars[name].advance(samples - bars[name].done, f"loss {loss:.4f}")

@@ -54,13 +54,14 @@ class Run:
         for key, value in values.items():
             self._client.set_tag(self.id, f"cil.{key}", value)
 
-    def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Each step has one point: what an earlier attempt logged already is not logged again."""
+    def metrics(self, values: dict[str, float], step: int = 0, at: int | None = None) -> None:
+        """Each step has one point: what an earlier attempt has logged is not logged again. `at`: in milliseconds."""
         from mlflow.entities import Metric
 
         new = {name: value for name, value in values.items() if step > self._logged(name)}
-        now = int(time.time() * 1000)
-        self._client.log_batch(self.id, metrics=[Metric(name, value, now, step) for name, value in new.items()])
+        at = _now() if at is None else at
+        self._client.log_batch(self.id, metrics=[Metric(name, value, at, step) for name, value in new.items()])
+        self._last |= dict.fromkeys(new, step)
 
     def file(self, name: str, data: bytes) -> None:
         """`name`: folders and all, in the run's artifacts."""
@@ -120,7 +121,7 @@ class Feed:
         self._tell("tags", values)
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        self._tell("metrics", values, step)
+        self._tell("metrics", values, step, _now())
 
     def file(self, name: str, data: bytes) -> None:
         self._tell("file", name, data)
@@ -130,8 +131,8 @@ class Feed:
 
     def again(self, unsent: list[Any]) -> None:
         """Points that an earlier attempt could not send."""
-        for values, step in unsent:
-            self.metrics(values, step)
+        for told in unsent:
+            self._tell("metrics", *told)
 
     def unsent(self) -> list[Any]:
         with self._changed:
@@ -178,6 +179,7 @@ class Feed:
                 if not self.problem:
                     print(f"tracking: {_one_line(error)}; tried again until it works", flush=True)
                 self.problem = _one_line(error)
+                run = None  # what it knew may be wrong: the server can have done what it did not say
                 time.sleep(pause)
                 pause = min(2 * pause, self.LONGEST)
                 continue
@@ -185,6 +187,10 @@ class Feed:
             with self._changed:
                 self._waiting.popleft()
                 self._changed.notify_all()
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def _one_line(error: Exception) -> str:

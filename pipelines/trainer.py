@@ -18,7 +18,7 @@ from cil import CDM, CleanCondition, ConstantNoise, Draws, Drops, Objective, Tim
 from cil.conditioning import ConditioningNoise
 from cil.families import Family
 from pipelines import checkpoints, storage, zero
-from pipelines.artifact import Artifact, versions
+from pipelines.artifact import Artifact, commit, versions
 from pipelines.cache import Cache
 from pipelines.checkpoints import Stored
 from pipelines.config import ConditioningConfig, Config, RowConfig, TrainingRow
@@ -36,8 +36,8 @@ SKIPPED = "skipped.json"  # the batches that were left out, by the samples befor
 MOST = 10  # of them
 
 
-class NotFinite(ArithmeticError):
-    """A loss or a gradient of this step is NaN or infinite."""
+class NotFinite(UserError):
+    """A loss or a gradient of this step is NaN or infinite; raised on all ranks together."""
 
 
 class RowTrainer:
@@ -52,7 +52,7 @@ class RowTrainer:
         news: Callable[..., None],
         leaving: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`news` is told how far rank 0 is; `leaving` says whether a node of these workers is about to go."""
+        """`news` is told how far rank 0 is, and what it left out; `leaving` says whether a node is about to go."""
         self.config, self.settings, self.name, self.made, self.cache = config, config.finetune, name, made, cache
         self.row, self.seed, self.profile, self.news, self.leaving = row.settings, row.seed, profile, news, leaving
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -162,13 +162,15 @@ class RowTrainer:
         last = checkpoints.found(self.folder)[-1:]
         good = f"The last good checkpoint is {last[0]}" if last else "There is no checkpoint yet"
         if self.settings.on_nan == "stop" or len(self.skipped) >= MOST:
-            raise UserError(
+            raise NotFinite(
                 f"{error}. {good}; lower lr={self.row.lr}, or leave such batches out by finetune.on_nan=skip"
             )
-        if self.rank == 0:
-            print(f"{error}; that batch is left out. {good}", flush=True)
+        if self.run:
+            self.news(f"{error}; that batch is left out. {good}")
+            self.run.tags({f"left_out.{self.samples}": str(error)})
             rest = json.dumps(sorted([*self.skipped, self.samples])).encode()
             storage.write(storage.join(self.folder, SKIPPED), rest)
+        del self.engine, self.shards, self.writer  # or there would be two of them at once
         dist.barrier()
 
     def log(self) -> None:
@@ -235,7 +237,7 @@ class RowTrainer:
         run = Feed(self.config, self.name, "train", self.made.fingerprint)
         run.parameters({key: value for key, value in self.made.identity.items() if key != "code"})
         tags = {"weights": self.made.uri, "world_size": self.world, "zero_stage": zero.stage_of(self.profile)}
-        run.tags(tags | {"cache": self.cache.fingerprint, "code": self.made.identity["code"]} | versions())
+        run.tags(tags | {"cache": self.cache.fingerprint, "code": self.made.identity["code"]} | commit() | versions())
         run.file("config.json", self.config.model_dump_json(indent=1).encode())
         return run
 

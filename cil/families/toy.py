@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cil.checkpoints import load_into, read, write_safetensors
 from cil.conditioning import ConditioningNoise, TimeNoise
 from cil.draws import Draws
-from cil.families.base import Clip, Condition, Family, Options, Preset, image_latent
+from cil.families.base import Clip, Condition, Family, Options, Preset, image_latent, precision_of
 from cil.nets.toy import ToyNet
 from cil.processes import VP, Prediction
 
@@ -87,8 +87,9 @@ class Toy(Family):
 
     def denoise(self, net: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         image = repeat(condition["image"], "b c h w -> b t c h w", t=x_t.shape[1])
-        answer: Tensor = net(torch.cat([x_t, image], dim=2), self.process.unit_time(t))
-        return answer
+        x = torch.cat([x_t, image], dim=2).to(precision_of(net))
+        answer: Tensor = net(x, self.process.unit_time(t))
+        return answer.float()
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """1 / max(sigma^2, 0.2): x0-errors at small t are small, and would not be learned."""

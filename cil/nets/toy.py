@@ -87,7 +87,7 @@ class ToyNet(nn.Module):
 
     def forward(self, x: Tensor, u: Tensor) -> Tensor:
         frames = x.shape[1]
-        emb = self.time(time_features(u))
+        emb = self.time(time_features(u).to(x))
         h = self.stem(rearrange(x, "b t c h w -> (b t) c h w"))
         fine, coarse = (self._places(p, h, frames, s) for p, s in ((self.place, 1), (self.coarse_place, 2)))
         h = self.fine_in_attention(self.fine_in(h, emb, frames), fine, frames)

@@ -72,7 +72,7 @@ def disturbed(road, smallest, tmp_path_factory):
 
 
 def checkpoints(config) -> int:
-    return len(list(Path(config.out, "training").glob("*/checkpoint_*/position.json")))
+    return len(list(Path(config.out, "training").glob("*/000000064/manifest.json")))
 
 
 def test_a_cache_whose_worker_was_killed_has_the_same_bytes(road, disturbed):
@@ -101,7 +101,7 @@ def test_the_curve_of_a_killed_training_has_each_point_once_and_the_same_losses(
 def test_a_training_that_gave_up_is_continued_by_the_same_command(road, smallest, tmp_path):
     """And whatever the ZeRO stage: with two workers a sum has one order only."""
     (tmp_path / "cache").symlink_to(Path(road.out, "cache"))
-    config = smallest(tmp_path, "finetune.max_failures=0", "finetune.zero_stage=2")
+    config = smallest(tmp_path, "finetune.max_failures=0", "finetune.deepspeed=zero-2")
     killer = Killer("RayTrainWorker", lambda: checkpoints(config) > 0)
     with pytest.raises(Unfinished, match=r"training of base, naive-1, .* stopped: .*The same command goes on"):
         finetune(config)
