@@ -109,6 +109,7 @@ def build_cache(config: Config) -> Cache:
     plan = _planned(snapshot, folder.uri, catalog, config.cache.videos_per_part)
     transient = _make(config, folder, catalog, plan, watch)
     if transient:
+        watch.pause()
         raise Unfinished(
             f"{len(transient)} parts wait for videos that could not be read for passing reasons ({transient[0]}). "
             "Run the same command again, or accept them with cache.accept_transient=true"

@@ -9,7 +9,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -100,7 +100,6 @@ class Run:
 class Feed:
     """A run that is told from a loop which never waits: a thread sends, and tries again while the server is away."""
 
-    PATIENCE = 1800  # seconds that `flush` waits for a server that has gone
     LONGEST = 15  # seconds between two attempts
 
     def __init__(self, config: Config, name: str, stage: str, fingerprint: str) -> None:
@@ -110,7 +109,6 @@ class Feed:
         self._open = lambda: Run(config, name, stage, fingerprint)
         self._waiting: deque[tuple[str, tuple[Any, ...]]] = deque()
         self._changed = threading.Condition()
-        self._closed = False
         self.problem = ""  # why nothing can be sent now
         threading.Thread(target=self._send, daemon=True).start()
 
@@ -138,24 +136,17 @@ class Feed:
         with self._changed:
             return [list(told) for what, told in self._waiting if what == "metrics"]
 
-    def flush(self) -> None:
-        """Returns when all is sent."""
-        end = time.monotonic() + self.PATIENCE
+    def flush(self, patience: float = 1800) -> None:
+        """Returns when all is sent; a server that has gone is waited for."""
+        end = time.monotonic() + patience
         with self._changed:
             while self._waiting:
                 if time.monotonic() > end:
                     raise Unfinished(f"the tracking server cannot be reached ({self.problem})")
                 self._changed.wait(1)
 
-    def finish(self) -> None:
+    def finished(self) -> None:
         self._tell("finish")
-        self.flush()
-        self.close()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
 
     def _tell(self, what: str, *told: Any) -> None:
         with self._changed:
@@ -167,10 +158,8 @@ class Feed:
         pause = 1.0
         while True:
             with self._changed:
-                while not self._waiting and not self._closed:
+                while not self._waiting:
                     self._changed.wait()
-                if self._closed:
-                    return
                 what, told = self._waiting[0]
             try:
                 run = run or self._open()
@@ -206,21 +195,6 @@ def refuse_unreachable(config: Config) -> None:
             socket.create_connection((parts.hostname or "", port), timeout=5).close()
         except OSError as error:
             raise UserError(f"tracking.uri={config.tracking.uri}: cannot be reached ({error})") from None
-
-
-@contextlib.contextmanager
-def briefly() -> Iterator[None]:
-    """MLflow's client gives up a request after seconds, where it would try for minutes."""
-    limits = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "5", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    before = {name: os.environ.get(name) for name in limits}
-    os.environ.update(limits)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 def open_study(config: Config) -> tuple[Any, str]:

@@ -231,7 +231,8 @@ class RowTrainer:
             stored = Stored(checkpoints.found(self.folder)[-1])
             manifest = write_stored(self.config, self.family, self.row, self.seed, stored, self.made)
             self.run.register(f"{self.config.tracking.experiment}.{self.name}", manifest)
-            self.run.finish()
+            self.run.finished()
+            self.run.flush()
 
     def open_run(self) -> Feed:
         run = Feed(self.config, self.name, "train", self.made.fingerprint)

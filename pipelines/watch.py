@@ -1,25 +1,23 @@
 """How a build of a latent cache goes: on its line of progress, in `build.json`, and as curves of an MLflow run.
 
 Where `tracking.uri` names a store, the run is opened when the build begins, and found again when it goes on. A store
-that goes away costs points of the curves, never the build. Rates are of this attempt; the last point counts all clips.
+that goes away costs the build nothing. Rates are of this attempt; the last point counts all clips.
 """
 
-import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from pipelines import storage
 from pipelines.artifact import Artifact
 from pipelines.config import Config
-from pipelines.errors import UserError
-from pipelines.tracking import Run, briefly, refuse_unreachable
+from pipelines.errors import Unfinished
+from pipelines.tracking import Feed, refuse_unreachable
 
 BUILD = "build.json"  # beside a snapshot's manifest; the same clips may be built faster, so nothing depends on it
 EVERY = 10.0  # seconds from one point of the curves to the next
-AWAY = 60.0  # seconds until a store that did not answer is asked again
+PATIENCE = 60.0  # seconds that a finished build waits for a store that has gone away
 
 
 class Watch:
@@ -27,21 +25,14 @@ class Watch:
         self._config, self._snapshot, self._planned = config, snapshot, planned
         self._begin, self._next = time.monotonic(), 0.0
         self._figures: dict[str, float] = {}
-        self._lost = False
-        self._run = self._opened() if config.tracking.uri else None
+        self._feed = self._opened() if config.tracking.uri else None
 
-    def _opened(self) -> Run:
-        from mlflow.exceptions import MlflowException
-
+    def _opened(self) -> Feed:
         refuse_unreachable(self._config)
-        try:
-            with briefly():
-                run = Run(self._config, "cache", "cache", self._snapshot.fingerprint)
-                encoding = self._snapshot.identity["encoding"]
-                run.parameters({key: value for key, value in encoding.items() if key != "code"})
-        except (MlflowException, OSError) as error:
-            raise UserError(f"tracking.uri={self._config.tracking.uri}: {_line(error)}") from None
-        return run
+        feed = Feed(self._config, "cache", "cache", self._snapshot.fingerprint)
+        encoding = self._snapshot.identity["encoding"]
+        feed.parameters({key: value for key, value in encoding.items() if key != "code"})
+        return feed
 
     def __call__(self, done: int, told: Counter[str]) -> str:
         """A part more is made. `done`: clips of all; `told`: what the parts of this attempt told."""
@@ -55,8 +46,10 @@ class Watch:
             "seconds": seconds,
         }
         if now >= self._next and done < self._planned:  # the last point is that of `finish`
-            self._log(self._figures | {name: told[name] for name in ("clips", "rejected_videos", "bytes")}, done)
-            self._next = time.monotonic() + (AWAY if self._lost else EVERY)
+            if self._feed:
+                counted = {name: float(told[name]) for name in ("clips", "rejected_videos", "bytes")}
+                self._feed.metrics(self._figures | counted, done)
+            self._next = now + EVERY
         return (
             f"{self._figures['videos_per_second']:.3g} videos/s, {told['rejected_videos']} rejected, "
             f"{_size(told['bytes'])}, decode {self._figures['decoding_busy']:.0%} "
@@ -69,33 +62,19 @@ class Watch:
             storage.write(self._snapshot.path(BUILD), json.dumps(self._figures, indent=1).encode())
 
     def finish(self, tags: dict[str, Any], counts: dict[str, int]) -> None:
-        if self._run:
-            with self._forgiven("its run lacks the last figures"):
-                self._run.tags(tags)
-                self._run.metrics(self._figures | counts, self._planned)
-                self._run.finish()
+        if self._feed:
+            self._feed.tags(tags)
+            self._feed.metrics(self._figures | counts, self._planned)
+            self._feed.finished()
+            self.pause()
 
-    def _log(self, values: dict[str, float], step: int) -> None:
-        if self._run:
-            with self._forgiven("" if self._lost else "the build goes on without"):
-                self._run.metrics(values, step)
-
-    @contextlib.contextmanager
-    def _forgiven(self, said: str) -> Iterator[None]:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            with briefly():
-                yield
-            self._lost = False
-        except (MlflowException, OSError) as error:
-            self._lost = True
-            if said:
-                print(f"tracking.uri={self._config.tracking.uri}: {said} ({_line(error)})", flush=True)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    def pause(self) -> None:
+        """All is sent, or the store stays away."""
+        if self._feed:
+            try:
+                self._feed.flush(PATIENCE)
+            except Unfinished as error:
+                print(f"{error}: the run of this build lacks its last figures", flush=True)
 
 
 def _size(count: float) -> str:
