@@ -63,9 +63,10 @@ def measure(quick: bool) -> list[Row]:
         def cached() -> Iterator[Batch]:
             yield from clips.ahead([order(BATCH * i + k) for k in range(BATCH)] for i in range(steps + 3))
 
+        spawned = {"multiprocessing_context": "spawn", "persistent_workers": True, "num_workers": CORES}
+        loader: Any = DataLoader(Clips(config), batch_size=BATCH, shuffle=True, timeout=120, **spawned)
+
         def in_the_loop() -> Iterator[Batch]:
-            spawned = {"multiprocessing_context": "spawn", "num_workers": CORES, "timeout": 120}
-            loader: Any = DataLoader(Clips(config), batch_size=BATCH, shuffle=True, **spawned)
             for frames in islice(cycle(loader), steps + 1):
                 pixels = frames.permute(0, 1, 3, 4, 2).round().to(torch.uint8)
                 yield family.encode(pixels, [Clip("what somebody said")] * BATCH)
