@@ -2,11 +2,11 @@
 
     python -m benchmarks.zero
 
-Two ranks on CPUs (gloo, no Ray) train an MLP of 50 million parameters with the engine and the shards of jobs.finetune, and
-no parameter small enough to stay whole (stage3_param_persistence_threshold 0). After each of the two backward passes of
-a step, every storage is counted of which a tensor is alive, whoever holds it; the larger count is ours. The peer is
-theory, `pipelines.zero.bytes_a_rank`, by which jobs.finetune chooses a profile. Neither should be above the other, so the
-ratio is the lesser of ours / peer and peer / ours.
+Two ranks on CPUs (gloo, no Ray) train an MLP of 50 million parameters with the engine and the shards of jobs.finetune,
+and no parameter is small enough to stay whole (stage3_param_persistence_threshold 0). After each of the two backward
+passes of a step, every storage is counted of which a tensor is alive, whoever holds it; the larger count is ours. The
+peer is theory, `pipelines.zero.bytes_a_rank`, by which jobs.finetune chooses a profile. Neither should be above the
+other, so the ratio is the lesser of ours / peer and peer / ours.
 """
 
 import gc

@@ -67,7 +67,7 @@ class Process(ABC):
 
     @abstractmethod
     def shifted(self, by: float) -> Self:
-        """With sigma / alpha `by` times as large at each of its training times: the log-SNR there falls by 2 ln `by`."""
+        """With sigma / alpha `by` times as large at each training time: the log-SNR there falls by 2 ln `by`."""
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and t as a network wants them."""
