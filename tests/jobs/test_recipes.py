@@ -98,13 +98,13 @@ def test_every_row_is_sampled_with_guidance_from_the_end_and_the_first_two_with_
 
 def test_what_is_to_be_filled_in_is_a_configuration_when_it_is(name, tmp_path):
     text = (FOLDER / f"{name}.yaml").read_text()
-    filled = re.sub(r"^( *)# ((?:weights|tokenizer|catalog|published): )", r"\1\2", text, flags=re.MULTILINE)
+    filled = re.sub(r"^( *)# ((?:weights|tokenizer|catalog|before): )", r"\1\2", text, flags=re.MULTILINE)
     (tmp_path / "filled.yaml").write_text(filled)
     config = load(tmp_path / "filled.yaml")
     assert config.family.weights
     assert bool(config.family.tokenizer) == (name in ("dynamicrafter", "videocrafter1"))
     assert config.catalog.csv
-    assert config.arms()["published"].weights == "published"
+    assert config.arms()["before"].weights == "published"
 
 
 TINY = (
