@@ -8,11 +8,11 @@
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from math import inf, isfinite, log
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -64,6 +64,10 @@ class Process(ABC):
     @abstractmethod
     def training_times(self, points: int = 1000) -> Tensor:
         """The quantiles of `draw_times`, evenly spaced."""
+
+    @abstractmethod
+    def shifted(self, by: float) -> Self:
+        """With sigma / alpha `by` times as large at each training time: the log-SNR there falls by 2 ln `by`."""
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and t as a network wants them."""
@@ -124,6 +128,7 @@ class VP(Process):
 
     `betas`: LDM's scaled_linear, or squared_cosine (I2VGen-XL). `zero_snr`: rescaled to end without any signal.
     `rescale`: LVDM's dynamic rescale, x_0 times a factor that falls from 1 to this over the first `turning_step` steps.
+    `shift`: sigma / alpha times this at every index, in training and sampling.
     """
 
     steps: int = 1000
@@ -133,6 +138,7 @@ class VP(Process):
     zero_snr: bool = False
     rescale: float = 1.0
     turning_step: int = 400
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         least = 2 if self.zero_snr else 1
@@ -146,10 +152,19 @@ class VP(Process):
             raise ValueError(f"rescale={self.rescale}: above 0, at most 1")
         if self.turning_step < 1:
             raise ValueError(f"turning_step={self.turning_step}: at least 1")
+        _check_shift(self.shift)
+
+    def shifted(self, by: float) -> Self:
+        return replace(self, shift=self.shift * by)
 
     @cached_property
     def alphas_bar(self) -> Tensor:
-        """prod(1 - beta), float64 [steps]."""
+        """prod(1 - beta), shifted, float64 [steps]. Where there is no signal, there is none after a shift."""
+        abar = self._plain_alphas_bar
+        return abar if self.shift == 1 else abar / (abar + self.shift**2 * (1 - abar))
+
+    @property
+    def _plain_alphas_bar(self) -> Tensor:
         if self.betas == "scaled_linear":
             betas = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, self.steps, dtype=torch.float64) ** 2
         else:  # Nichol and Dhariwal 2021, equation 17
@@ -264,6 +279,11 @@ class EDM(Process):
         if self.time_map not in get_args(TimeMap):
             raise ValueError(f"time_map={self.time_map!r}: one of {', '.join(get_args(TimeMap))}")
 
+    def shifted(self, by: float) -> Self:
+        """Of training's sigmas. t is the noise itself, so sampling's range and the time that TimeNoise sees stay."""
+        _check_shift(by)
+        return replace(self, P_mean=self.P_mean + log(by))
+
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t, dtype=torch.float64)
 
@@ -309,7 +329,18 @@ class EDM(Process):
 
 @dataclass(frozen=True)
 class Flow(Process):
-    """Rectified flow: a straight line from x_0 at t = 0 to noise at t = 1."""
+    """Rectified flow: a straight line from x_0 at t = 0 to noise at t = 1.
+
+    `shift`: times that are even without it are s t / (1 + (s - 1) t), in training and sampling.
+    """
+
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_shift(self.shift)
+
+    def shifted(self, by: float) -> Self:
+        return replace(self, shift=self.shift * by)
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - self.sigma(t)
@@ -326,22 +357,33 @@ class Flow(Process):
         return torch.tensor(float(M), dtype=torch.float64)
 
     def times(self, steps: int, M: float | None = None) -> Tensor:
-        """Evenly from M; after the last the sampler steps to 0."""
+        """Evenly from M, before the shift; after the last the sampler steps to 0."""
         if not steps >= 1:
             raise ValueError(f"steps={steps}: at least 1")
         first = self.start(1.0 if M is None else M)
-        return first * torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1]
+        unshifted = first / (self.shift - (self.shift - 1) * first)
+        times = self._shifted(unshifted * torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:-1])
+        times[0] = first
+        return times
 
     def draw_times(self, draws: Draws) -> Tensor:
-        return 1 - draws.uniform()  # in (0, 1]
+        return self._shifted(1 - draws.uniform())  # in (0, 1]
 
     def training_times(self, points: int = 1000) -> Tensor:
-        return _shares(points)
+        return self._shifted(_shares(points))
+
+    def _shifted(self, t: Tensor) -> Tensor:
+        return t if self.shift == 1 else self.shift * t / (1 + (self.shift - 1) * t)
 
 
 def _shares(points: int) -> Tensor:
     """The middles of equal parts of [0, 1]."""
     return (torch.arange(points, dtype=torch.float64) + 0.5) / points
+
+
+def _check_shift(shift: float) -> None:
+    if not 0 < shift < inf:
+        raise ValueError(f"shift={shift}: above 0")
 
 
 def _same_shape(name: str, value: Tensor, like: Tensor) -> None:

@@ -99,6 +99,9 @@ class FamilyConfig(Section):
     clip_features: bool = Field(False, description="cache CLIP's features, not the image that each step makes them of")
     token_noise: bool = Field(False, description="dynamicrafter: conditioning noise on the projected CLIP tokens too")
     precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen networks")
+    shift: PositiveFloat = Field(
+        1.0, description="of the noise schedule, in training and sampling: sigma / alpha times this"
+    )
 
 
 class ShapesConfig(Section):

@@ -24,7 +24,7 @@ from pipelines.models import family_code, family_of, shape_of
 from pipelines.parts import Made, Part, chunks, make_parts
 from pipelines.reader import ClipReader, SampleOrder
 from pipelines.video import encode
-from pipelines.weights import fingerprint_of, network_of
+from pipelines.weights import fingerprint_of, network_of, refuse_other_shift
 
 KIND = "videos"
 CODE = (
@@ -49,6 +49,7 @@ def generate(config: Config) -> dict[str, Manifest]:
     chosen = {name: choose(config, cache, name) for name in SPLITS}
     sets = {name: _plan(config, family, cache, name, None) for name in SPLITS}
     for name, row in rows.items():
+        refuse_other_shift(config, row.weights)
         sets[name] = _plan(config, family, cache, name, row)
 
     parts = {}
@@ -113,6 +114,7 @@ def _plan(config: Config, family: Family, cache: Cache, name: str, row: Evaluati
     if row is not None:
         identity |= {
             "row": row.settings.model_dump(exclude={"weights"}),
+            "shift": family.options.shift,
             "steps": settings.steps,
             "clips_per_part": settings.clips_per_part,
             "weights": fingerprint_of(config, family, row.weights, row.settings.ema),

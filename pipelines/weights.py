@@ -46,6 +46,7 @@ def plan_weights(
     identity = {
         "family": shape_of(family) | {"preset": family.preset},
         "token_noise": family.options.token_noise,
+        "shift": family.options.shift,
         "row": row.shaping(family.timenoise),
         "watermark": config.cache.watermark if row.settings.unmarked else [],
         "parent": parent,
@@ -77,6 +78,12 @@ def read_weights(config: Config, row: str) -> Manifest:
     manifest = artifact.read_manifest(uri_of(config, row), KIND)
     refuse_other_family(KIND, manifest.uri, manifest.identity["family"], config)
     return manifest
+
+
+def refuse_other_shift(config: Config, row: str) -> None:
+    """Where videos are to be sampled by another process than the weights were trained with."""
+    if _made_here(row) and (trained := read_weights(config, row).identity["shift"]) != config.family.shift:
+        raise UserError(f"the weights at {uri_of(config, row)} were trained with family.shift={trained}: set it")
 
 
 def is_ours(uri: str) -> bool:

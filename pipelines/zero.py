@@ -2,6 +2,8 @@
 
 A profile is a DeepSpeed configuration without what the study says (batch, precision, clipping). Stage 0 keeps all on
 every rank, 1 shares out the optimiser's state, 2 also gradients, 3 also weights; `offload` moves them to CPU memory.
+
+    python -m pipelines.zero     # the table of docs/training.md: what each profile needs for the published networks
 """
 
 import json
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cil.trainable import Trained
 from pipelines.config import RowConfig
 from pipelines.errors import UserError
 
@@ -56,7 +59,10 @@ def offloads(profile: Profile, what: str = "optimizer") -> bool:
 
 
 def bytes_a_rank(profile: Profile, trained: int, frozen: int, world: int, precision: str) -> float:
-    """On the device: weights, gradients, Adam's moments, the float32 copy of the weights, and their average."""
+    """On the device: weights, gradients, Adam's moments, the float32 copy of the weights, and their average.
+
+    Between the parts of a batch; `python -m benchmarks.zero` counts it. DeepSpeed's buckets and activations come on top.
+    """
     stage, low = stage_of(profile), 4 if precision == "float32" else 2
     weights = 0.0 if offloads(profile, "param") else low * (trained + frozen) / (world if stage == 3 else 1)
     gradients = low * trained / (world if stage >= 2 else 1)
@@ -143,3 +149,40 @@ def loss_scale(engine: Any) -> float | None:
 def set_loss_scale(engine: Any, scale: float | None) -> None:
     if scale is not None:
         engine.optimizer.loss_scaler.cur_scale = scale
+
+
+GPUS = (1, 8, 64)
+PUBLISHED = {"dynamicrafter": "512", "videocrafter1": "512", "svd": "512", "i2vgenxl": "256"}
+WAYS: tuple[Trained, ...] = ("full", "temporal", "lora")
+
+
+def parameters_of(name: str, preset: str, way: Trained) -> tuple[int, int]:
+    """Trained ones and frozen ones of a family's network, which is not made for it."""
+    from cil import families
+    from cil.trainable import freeze
+
+    family = families.load(name, preset=preset)
+    with torch.device("meta"):
+        net = freeze(family.network(0), family, way)
+    counts = [sum(p.numel() for p in net.parameters() if p.requires_grad == kind) for kind in (True, False)]
+    return counts[0], counts[1]
+
+
+def table() -> str:
+    """GiB a GPU, for as many GPUs as GPUS says; ZeRO 0 in float32, the others in bfloat16."""
+    kinds = {name: profile_of(name) for name in ("zero-0", *BY_DEFAULT)}
+    lines = [f"| family, what is trained | million parameters | {' | '.join(kinds)} |", "|---" * (2 + len(kinds)) + "|"]
+    for name, preset in PUBLISHED.items():
+        for way in WAYS:
+            trained, frozen = parameters_of(name, preset, way)
+            cells = [f"{name}, {way}", f"{trained / 1e6:,.0f} of {(trained + frozen) / 1e6:,.0f}"]
+            for profile in kinds.values():
+                kind = "bfloat16" if stage_of(profile) else "float32"
+                needs = (bytes_a_rank(profile, trained, frozen, gpus, kind) / GIB for gpus in GPUS)
+                cells.append(" / ".join(f"{need:.1f}" for need in needs))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
 
@@ -49,11 +50,14 @@ class Options:
     clip_features: bool = False  # cached, and not the image that they are made of in each training step
     token_noise: bool = False  # conditioning noise on the projected CLIP tokens too, where it is not on them anyway
     precision: Precision = "float32"  # of the frozen networks
+    shift: float = 1.0  # of the noise schedule: sigma / alpha times this, in training and sampling
 
     def __post_init__(self) -> None:
         for name, allowed in (("latents", get_args(Latents)), ("precision", get_args(Precision))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: one of {', '.join(allowed)}")
+        if not 0 < self.shift < inf:
+            raise ValueError(f"shift={self.shift}: above 0")
 
 
 class Dropped(NamedTuple):

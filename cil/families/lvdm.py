@@ -103,7 +103,7 @@ class LVDM(CaptionedFamily):
         super().__init__(preset, frames, height, width, options)
         if preset != "tiny" and self.frames != 16:
             raise ValueError(f"frames={self.frames}: published weights of {self.name} are for 16")
-        self.process, self.prediction = self.networks.process, self.networks.prediction
+        self.process, self.prediction = self.networks.process.shifted(options.shift), self.networks.prediction
 
     @property
     def levels(self) -> int:

@@ -35,7 +35,7 @@ class SDVAEFamily(Family):
         self.multiple = FACTOR * 2 ** (self.levels - 1)
         self._check_size()
         told = recipe(self.name)
-        self.process, self.prediction, self.timenoise = told.process, told.prediction, told.noise
+        self.process, self.prediction, self.timenoise = told.process.shifted(options.shift), told.prediction, told.noise
 
     @property
     @abstractmethod

@@ -32,7 +32,7 @@ class Toy(Family):
     multiple = 2 * BLOCK
     temporal = r"^fine_(in|out)_attention\."
     timenoise = TimeNoise(1.0, 5.0)
-    lacks = tuple(vars(Options()))
+    lacks = ("weights", "tokenizer", "latents", "clip_features", "token_noise", "precision")
     presets = {  # noqa: RUF012
         "tiny": Preset((8, 16), 8, 32, 32),  # channels of the two levels
         "small": Preset((28, 56), 8, 32, 32),
@@ -43,7 +43,7 @@ class Toy(Family):
     ) -> None:
         super().__init__(preset, frames, height, width, options)
         self._check_size()
-        self.process = VP()
+        self.process = VP().shifted(options.shift)
         i = torch.arange(BLOCK, dtype=torch.float64)
         wave = torch.cos(torch.pi * (i + 0.5) * i[:2, None] / BLOCK) * (2 / BLOCK) ** 0.5
         wave[0] /= 2**0.5

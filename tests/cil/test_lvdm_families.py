@@ -201,6 +201,23 @@ def test_the_schedule_in_a_file_is_the_references(name, golden):
     assert buffers["scale_arr"].shape == (1400,)
 
 
+@pytest.mark.parametrize("published", [False, True])
+def test_an_exported_file_has_the_schedule_that_was_trained_with(published, family, tmp_path):
+    """Also where the file that it began with has another one."""
+    (name,) = family.export(family.network(0).state_dict(), tmp_path)
+    weights = str(tmp_path / name) if published else None
+    shifted = load(family.name, 4, 32, 48, "tiny", weights=weights, shift=2.0)
+    (name,) = shifted.export(family.network(1).state_dict(), tmp_path / "shifted")
+    before, after = (read(folder / name) for folder in (tmp_path, tmp_path / "shifted"))
+    abar = before["alphas_cumprod"].double()
+    wanted = abar / (abar + 4 * (1 - abar))
+    torch.testing.assert_close(after["alphas_cumprod"].double(), wanted, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close((1 - after["betas"].double()).cumprod(0), wanted, rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(after["alphas_cumprod"], before["alphas_cumprod"], rtol=0.1)
+    if "scale_arr" in before:
+        assert torch.equal(after["scale_arr"], before["scale_arr"])
+
+
 def test_a_file_of_the_other_family_or_with_something_missing_is_refused_by_name(family, tmp_path):
     other = load(*(name for name in NAMES if name != family.name), 4, 32, 48, "tiny")
     (name,) = other.export(other.network(0).state_dict(), tmp_path)

@@ -344,9 +344,10 @@ OTHERS = {
     "clip_features": True,
     "token_noise": True,
     "precision": "float16",
+    "shift": 2.0,
 }
 LACKING = {
-    "toy": tuple(OTHERS),
+    "toy": tuple(name for name in OTHERS if name != "shift"),
     "dynamicrafter": (),
     "videocrafter1": ("token_noise",),
     "svd": ("tokenizer", "token_noise"),

@@ -197,6 +197,79 @@ def test_a_process_with_a_dynamic_rescale_noises_latents_that_are_scaled_first()
     torch.testing.assert_close(got, VP().add_noise(factors * x0, eps, t), rtol=0, atol=1e-14)  # float64, values up to 4
 
 
+# -- a shifted noise schedule ----------------------------------------------------------------------------------------
+
+
+def log_snr(process: Process, t: Tensor) -> Tensor:
+    return 2 * (process.alpha(t).log() - process.sigma(t).log())
+
+
+@pytest.mark.parametrize("by", [0.3, 2.0, 7.5])
+@pytest.mark.parametrize("name", CASES)
+def test_a_shift_lowers_the_log_snr_by_2_ln_s_at_every_training_time(name, by):
+    process = CASES[name][0]
+    plain, shifted = (log_snr(one, one.training_times(1000)) for one in (process, process.shifted(by)))
+    there = plain.isfinite()
+    assert there.sum() >= 999
+    torch.testing.assert_close(shifted[there], plain[there] - 2 * math.log(by), rtol=0, atol=1e-8)
+    # Without any signal there is none after it.
+    assert torch.equal(shifted[~there], plain[~there])
+
+
+def test_shifted_tables_are_the_closed_forms():
+    plain, s = VP(zero_snr=True).alphas_bar, 2.5
+    shifted = VP(zero_snr=True, rescale=0.7).shifted(s)
+    wanted = 1 / (1 + s**2 * (1 / plain[:-1] - 1))
+    torch.testing.assert_close(shifted.alphas_bar[:-1], wanted, rtol=1e-13, atol=0)
+    assert shifted.alphas_bar[-1] == 0
+    index = torch.arange(1000)
+    torch.testing.assert_close(shifted.alpha(index) ** 2, shifted.alphas_bar, rtol=1e-13, atol=0)
+    torch.testing.assert_close(shifted.sigma(index) ** 2, 1 - shifted.alphas_bar, rtol=1e-13, atol=1e-16)
+    assert shifted.scale_arr[-1] == 0.7
+    assert EDM(P_mean=0.7).shifted(s) == EDM(P_mean=0.7 + math.log(s))
+    u = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
+    torch.testing.assert_close(Flow().shifted(s).training_times(100), s * u / (1 + (s - 1) * u), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_shift_by_one_is_none_and_two_are_their_product(name):
+    process, t = CASES[name][0], CASES[name][0].training_times(50)
+    same, twice = process.shifted(1.0), process.shifted(2.0).shifted(1.5)
+    assert same == process
+    assert torch.equal(same.alpha(t), process.alpha(t))
+    torch.testing.assert_close(twice.training_times(50), process.shifted(3.0).training_times(50))
+    assert torch.allclose(twice.sigma(t), process.shifted(3.0).sigma(t), rtol=1e-13)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_draws_of_a_shifted_process_have_its_training_distribution(name):
+    shifted = CASES[name][0].shifted(2.0)
+    drawn = shifted.draw_times(Draws([(k,) for k in range(4000)])).double().sort().values
+    wanted = shifted.training_times(4000).double()
+    # Kolmogorov and Smirnov: 1.95 / sqrt(n) is exceeded once in a thousand.
+    shares = torch.searchsorted(wanted, drawn, right=True) / 4000
+    even = (torch.arange(4000) + 1) / 4000
+    assert float((shares - even).abs().max()) < 1.95 / 4000**0.5 + 1e-3
+
+
+def test_sampling_of_a_shifted_process_starts_at_M_and_is_as_shifted_as_training():
+    """EDM's M and sigmas are the noise itself: a shift leaves them."""
+    assert torch.equal(EDM().shifted(3.0).times(5, 100.0), EDM().times(5, 100.0))
+    assert torch.equal(VP().shifted(3.0).times(5, 940), VP().times(5, 940))
+    whole, part = Flow().shifted(3.0).times(4), Flow().shifted(3.0).times(4, 0.9)
+    torch.testing.assert_close(log_snr(Flow(), whole)[1:], log_snr(Flow(), Flow().times(4))[1:] - 2 * math.log(3))
+    assert (whole[0], part[0]) == (1.0, 0.9)
+    even = part / (3 - 2 * part)  # the shift undone
+    torch.testing.assert_close(even, even[0] * torch.tensor([1, 0.75, 0.5, 0.25], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("by", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("process", [VP(), EDM(), Flow()])
+def test_a_shift_that_is_none_is_refused(process, by):
+    with pytest.raises(ValueError, match=rf"shift={by}: above 0"):
+        process.shifted(by)
+
+
 # -- EDM and flow --------------------------------------------------------------------------------------------------
 
 
