@@ -205,7 +205,9 @@ def open_study(config: Config) -> tuple[Any, str]:
     uri, name = store_uri(config), config.tracking.experiment
     client = MlflowClient(uri)
     if client.get_experiment_by_name(name) is None:
-        location = f"file://{storage.join(config.out, 'mlartifacts')}" if uri.startswith("sqlite:") else None
+        there = storage.join(config.out, "mlartifacts")
+        beside = f"file://{there}" if storage.is_local(there) else there
+        location = beside if uri.startswith("sqlite:") else None
         with contextlib.suppress(MlflowException):  # somebody else may make it at the same time
             client.create_experiment(name, artifact_location=location)
     experiment = client.get_experiment_by_name(name)

@@ -1,6 +1,10 @@
+import json
+from pathlib import Path
+
 import pytest
 from mlflow import MlflowClient
 
+from pipelines.artifact import Manifest
 from pipelines.config import load
 from pipelines.tracking import Run, runs, store_uri
 
@@ -27,6 +31,36 @@ def test_a_resumed_run_is_the_same_run_and_logs_each_step_once(config):
         again.metrics({"loss": 1 / step}, step)
     assert again.id == first.id
     assert points(config, again, "loss") == [(s, 1 / s) for s in (10, 20, 30, 40)]
+
+
+def test_what_is_told_again_in_one_attempt_is_one_point(config):
+    """As by a training that goes back to its last checkpoint."""
+    run = Run(config, "back", "train", "print-7")
+    for step in (10, 20, 10, 20, 30):
+        run.metrics({"loss": 1 / step}, step)
+    assert points(config, run, "loss") == [(s, 1 / s) for s in (10, 20, 30)]
+
+
+def test_weights_are_registered_once_with_their_place_and_what_they_are(config):
+    run = Run(config, "row", "train", "print-8")
+    for digest in ("w1", "w1", "w2"):
+        run.register(
+            "study.row", Manifest("s3://b/weights/row", "weights", digest, {"preset": "tiny"}, {"samples": 8}, {})
+        )
+    Run(config, "row", "train", "print-8").register(
+        "study.row", Manifest("s3://b/weights/row", "weights", "w2", {"preset": "tiny"}, {"samples": 8}, {})
+    )
+    client = MlflowClient(store_uri(config))
+    versions = client.search_model_versions("name = 'study.row'")
+    assert sorted(v.tags["cil.fingerprint"] for v in versions) == ["w1", "w2"]
+    assert {v.tags["cil.uri"] for v in versions} == {"s3://b/weights/row"}
+    card = json.loads(Path(client.download_artifacts(run.id, "model/card.json")).read_text())
+    assert card == {
+        "uri": "s3://b/weights/row",
+        "fingerprint": "w2",
+        "preset": "tiny",
+        "counts": {"samples": 8},
+    }
 
 
 def test_another_fingerprint_is_another_run(config):

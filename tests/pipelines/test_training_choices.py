@@ -38,14 +38,16 @@ VALIDATED = (
     *("finetune.validate_every=16", "finetune.validation.clips=2"),
     *("finetune.validation.samples=2", "finetune.validation.steps=2"),
 )
+SLOW = "finetune.row.lr=5e-5"  # Adam makes much of what is nearly nothing: a tenth of this
 TRAINED = ("temporal", "lora", "unet")
 JOBS = {
     "plain": ("zero-1",),
     "looked": ("zero-1", *VALIDATED),
     "plain-3": ("zero-3",),
     "looked-3": ("zero-3", *VALIDATED),
-    "in parts": ("zero-2", "finetune.micro_batch=2"),
-    "in parts-0": ("zero-0", "finetune.micro_batch=1"),
+    "slow": ("zero-1", SLOW),
+    "in parts": ("zero-2", SLOW, "finetune.micro_batch=2"),
+    "in parts-0": ("zero-0", SLOW, "finetune.micro_batch=1"),
     "best": ("zero-1", *VALIDATED, "finetune.validate_every=8", "finetune.keep=1", "finetune.row.lr=0.3"),
     "low": ("zero-1", "finetune.row.precision=bfloat16", *VALIDATED),
     "low plain": ("zero-1", "finetune.row.precision=bfloat16"),
@@ -160,10 +162,11 @@ def test_what_is_looked_at_are_the_averaged_weights_and_one_process_sees_what_tw
 
 @pytest.mark.parametrize("name", ["in parts", "in parts-0"])
 def test_a_batch_in_parts_gives_the_weights_of_a_whole_one(trained, name):
-    print(name, furthest(trained["plain"], trained[name]))
-    assert furthest(trained["plain"], trained[name]) < 1e-5
-    pairs = zip(curves(trained["plain"])["gradient_norm"], curves(trained[name])["gradient_norm"], strict=True)
-    assert all(a == pytest.approx(b, rel=1e-3) for a, b in pairs)
+    assert furthest(trained["slow"], trained[name]) < 1e-5
+    whole, parts = (Stored(checkpoints.found(folder_of(trained[each]))[0], "exp_avg") for each in ("slow", name))
+    assert max(float((parts[each] - gradient).abs().max()) for each, gradient in whole.items()) < 1e-6
+    pairs = zip(curves(trained["slow"])["gradient_norm"], curves(trained[name])["gradient_norm"], strict=True)
+    assert all(a[1] == pytest.approx(b[1], rel=1e-4) for a, b in pairs)
 
 
 @pytest.mark.parametrize("kind", TRAINED)
