@@ -16,8 +16,8 @@ demo: setup ## the offline half alone: videos, latent cache, initial noise, and 
 	@for job in make_shapes build_cache initial_noise show_cache; do \
 		$(BIN)/python -m jobs.$$job --config jobs/configs/demo.yaml || exit; done
 
-test: setup ## all tests
-	@$(BIN)/python -m pytest
+test: setup ## all tests, two at a time
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint ## lint, and the fast tests
 	$(BIN)/python -m pytest -m "not slow"
