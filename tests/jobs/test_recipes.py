@@ -120,8 +120,9 @@ TINY = (
 
 
 @pytest.mark.slow
-def test_the_very_file_trains_all_its_rows_at_the_tiny_size_and_mlflow_has_them(name, tmp_path):
-    config = configured(name, f"out={tmp_path}", *TINY)
+@pytest.mark.timeout(600)
+def test_the_very_file_trains_all_its_rows_at_the_tiny_size_and_mlflow_has_them(tmp_path):
+    config = configured("dynamicrafter", f"out={tmp_path}", *TINY)
     for station in (make_shapes, build_cache, finetune):
         station(config)
     found = {run.info.run_name: run.data for run in runs(config, "train")}

@@ -12,10 +12,11 @@ from pipelines import storage
 from pipelines.cache import INDEX, build_cache, opened, read_cache, to_ipc
 from pipelines.card import card
 from pipelines.errors import UserError
-from pipelines.finetune import finetune, order_of
+from pipelines.finetune import finetune
 from pipelines.generate import choose
 from pipelines.initial_noise import make_initial_noise, read_initial_noise
 from pipelines.reader import BalancedOrder, ClipReader
+from pipelines.trainer import order_of
 from pipelines.video import PyAVDecoder
 
 
