@@ -61,11 +61,7 @@ def offloads(profile: Profile, what: str = "optimizer") -> bool:
 def bytes_a_rank(profile: Profile, trained: int, frozen: int, world: int, precision: str) -> float:
     """On the device: weights, gradients, Adam's moments, the float32 copy of the weights, and their average.
 
-    <<<<<<< HEAD
-        Between the parts of a batch, without DeepSpeed's buckets and activations; `python -m benchmarks.zero` counts it.
-    =======
-        Between the parts of a batch: `python -m benchmarks.zero` counts it. Buckets and activations come on top.
-    >>>>>>> h5
+    Between the parts of a batch: `python -m benchmarks.zero` counts it. Buckets and activations come on top.
     """
     stage, low = stage_of(profile), 4 if precision == "float32" else 2
     weights = 0.0 if offloads(profile, "param") else low * (trained + frozen) / (world if stage == 3 else 1)
