@@ -6,6 +6,7 @@ every rank, 1 shares out the optimiser's state, 2 also gradients, 3 also weights
     python -m pipelines.zero     # the table of docs/training.md: what each profile needs for the published networks
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -114,7 +115,10 @@ def engine_of(net: nn.Module, profile: Mapping[str, Any], row: RowConfig, micro_
     }
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     told: dict[str, Any] = {"lr": row.lr, "weight_decay": row.weight_decay}
+    if not gpu:
+        _load("ShareMemCommBuilder")
     if offloads(dict(profile)):
+        _load("CPUAdamBuilder")
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         optimizer: Any = DeepSpeedCPUAdam(trained, **told)
@@ -122,6 +126,23 @@ def engine_of(net: nn.Module, profile: Mapping[str, Any], row: RowConfig, micro_
         optimizer = torch.optim.AdamW(trained, fused=gpu, **told)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings)
     return engine
+
+
+def _load(builder: str) -> None:
+    """An operator of DeepSpeed's, compiled where nobody has yet.
+
+    PyTorch's lock is a file: a process that is killed with it leaves it behind, and all later ones wait for ever. Ours
+    falls with its process, and whoever has it knows that theirs is nobody's.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import _get_build_directory
+
+    made = get_accelerator().create_op_builder(builder)
+    folder = Path(_get_build_directory(made.name, verbose=False))
+    with (folder / "lock-of-cil").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        made.load(verbose=False)
 
 
 def step(engine: Any, loss: Tensor, clip_norm: float) -> float:

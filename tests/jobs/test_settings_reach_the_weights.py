@@ -41,6 +41,7 @@ def study(rows: list[str]) -> str:
     return "finetune.rows={" + ", ".join(rows) + "}"
 
 
+@pytest.mark.timeout(600)  # two dozen trainings
 def test_rows_that_differ_in_one_setting_have_other_weights(road, smallest, tmp_path):
     """And a row that is added to a finished study is trained alone, the others being left as they are."""
     (tmp_path / "cache").symlink_to(Path(road.out, "cache"))
@@ -64,7 +65,7 @@ def test_rows_that_differ_in_one_setting_have_other_weights(road, smallest, tmp_
 def test_a_loss_that_is_not_finite_stops_the_training_and_says_what_to_change(road, smallest, tmp_path):
     (tmp_path / "cache").symlink_to(Path(road.out, "cache"))
     wild = "finetune.rows={wild: {weights: null, seeds: [0], samples: 960, lr: 1.0e+18}}"
-    config = smallest(tmp_path, wild, "generate.rows={}", "compare.claims=[]", "finetune.max_failures=0")
+    config = smallest(tmp_path, wild, "generate.rows={}", "compare.claims=[]")
     said = r"training of wild stopped: .*row wild: (the loss|a gradient) is not finite .*no checkpoint.*lower lr=1e\+18"
     with pytest.raises(UserError, match=said):
         finetune(config)

@@ -5,6 +5,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import safetensors.torch
 from mlflow import MlflowClient
 from ranks import Attempt, Interrupted, attempts, train
 from torch.multiprocessing import ProcessExitedException
+from torch.utils.cpp_extension import _get_build_directory
 
 from pipelines import checkpoints
 from pipelines.artifact import read_manifest
@@ -200,3 +203,15 @@ def test_a_full_disk_is_said_and_what_was_there_stays(first, left, configs):
 def test_the_same_command_ends_with_the_same_bits(configs, again, name):
     assert weights(configs[name]) == weights(configs["whole"])
     assert there(configs[name])[-2:] == [16, 24]
+
+
+def test_a_lock_that_a_killed_process_left_on_an_operator_stops_nobody(tmp_path):
+    """PyTorch would wait for it without an end."""
+    built = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
+    shutil.copytree(built, tmp_path / built.name)
+    (tmp_path / built.name / "lock").touch()
+    load = "from pipelines import zero; zero.prepare(gpu=False); zero._load('ShareMemCommBuilder')"
+    subprocess.run(
+        [sys.executable, "-c", load], env=os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}, check=True, timeout=120
+    )
+    assert not (tmp_path / built.name / "lock").exists()
