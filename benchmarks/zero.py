@@ -5,7 +5,7 @@
 Two ranks on CPUs (gloo, no Ray) train an MLP of 50 million parameters with the engine and the shards of jobs.finetune,
 and no parameter is small enough to stay whole (stage3_param_persistence_threshold 0). After each of the two backward
 passes of a step, every storage is counted of which a tensor is alive, whoever holds it; the larger count is ours. The
-peer is theory, `pipelines.zero.bytes_a_rank`, by which jobs.finetune chooses a profile. Neither should be above the
+peer is theory, `pipelines.memory.bytes_a_rank`, by which jobs.finetune chooses a profile. Neither should be above the
 other, so the ratio is the lesser of ours / peer and peer / ours.
 """
 
@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from benchmarks import Row, main
-from pipelines import zero
+from pipelines import memory, zero
 from pipelines.config import RowConfig
 
 WORLD = 2
@@ -45,7 +45,7 @@ def measure(quick: bool) -> list[Row]:
     rows = []
     for i, (stage, kind) in enumerate(jobs):
         ours = max(each[i] for each in held) / 1e6
-        theory = zero.bytes_a_rank(_profile(stage), trained, 0, WORLD, kind) / 1e6
+        theory = memory.bytes_a_rank(_profile(stage), trained, 0, WORLD, kind) / 1e6
         agree = min(ours / theory, theory / ours)
         rows.append(Row(f"zero: theory, stage {stage}, {kind}", ours, theory, None, "MB a rank", agree, 0.9))
     return rows

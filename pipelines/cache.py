@@ -7,6 +7,7 @@ reads an older one notices nothing. Parts are named by the videos in them, so bu
 
 import hashlib
 import json
+import posixpath
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -155,6 +156,12 @@ def read_cache(config: Config) -> Cache:
     cache = Cache(folder, artifact.read_manifest(storage.join(folder, "snapshots", name), SNAPSHOT))
     refuse_other_family(KIND, folder, cache.encoding["family"], config)
     return cache
+
+
+def pinned(config: Config, cache: Cache) -> Config:
+    """For workers, who read this snapshot whatever is built meanwhile."""
+    name = posixpath.basename(cache.manifest.uri)
+    return config.model_copy(update={"cache": config.cache.model_copy(update={"snapshot": name})})
 
 
 def refuse_other_encoder(cache: Cache, family: Family) -> None:

@@ -106,19 +106,20 @@ def contact_sheet(config: Config, cache: Cache) -> bytes:
 def verify(config: Config, cache: Cache) -> None:
     """Every part has the bytes that the snapshot cites; of some the moments are computed again."""
     progress = Progress("verify", "bytes", cache.counts["bytes"])
-    damaged = []
+    damaged: list[str] = []
     maker = MomentsMaker(config.model_dump(), cache.uri)
     again = set(np.linspace(0, len(cache.parts) - 1, min(LOOKED_AT, len(cache.parts))).astype(int))
     index = cache.index()
     numbers, rows, splits = (index[name].to_numpy(zero_copy_only=False) for name in ("part", "row", "drawn_split"))
     for i, part in enumerate(cache.parts):
+        before = len(damaged)
         for ending, digest in (("arrow", "sha256"), ("moments", "moments_sha256")):
             uri = cache.path(part["name"], ending)
             if not storage.exists(uri):
                 damaged.append(f"{uri} is missing")
             elif hashlib.sha256(storage.read(uri)).hexdigest() != part[digest]:
                 damaged.append(f"{uri} has other bytes than when it was made")
-        if i in again and not damaged:
+        if i in again and len(damaged) == before:
             mine = sorted(rows[(numbers == i) & (splits == "train")].tolist())
             again_made = maker({"part": part["name"], "rows": mine}).data
             if again_made != storage.read(cache.path(part["name"], "moments")):

@@ -11,7 +11,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from copy import copy
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ from pipelines.shards import WEIGHTS, Shards
 
 MANIFEST = "manifest.json"
 NUMBER = re.compile(r"\d+")
+LONGEST = timedelta(hours=2)  # that a rank may take longer than another to write its shard
 
 
 class Writer:
@@ -35,7 +38,7 @@ class Writer:
         self.folder, self.shards, self.keep = folder, shards, keep
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         # Of the threads alone: their words must not come between those of the training steps.
-        self._others = dist.new_group(backend="gloo")
+        self._others = dist.new_group(backend="gloo", timeout=LONGEST)
         self._copies: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
@@ -57,6 +60,12 @@ class Writer:
             writing, self._writing = self._writing, None
             writing.result()
 
+    def close(self) -> None:
+        import torch.distributed as dist
+
+        self._thread.shutdown()
+        dist.destroy_process_group(self._others)
+
     def _copy(self, key: str, tensor: Tensor) -> None:
         if key not in self._copies:
             pinned = tensor.device.type == "cuda"
@@ -77,7 +86,8 @@ class Writer:
             shards = [_shard(rank, self.world) for rank in range(self.world)]
             body = json.dumps(told | {"samples": samples, "shards": shards}, indent=1)
             storage.write(storage.join(folder, MANIFEST), body.encode())
-            self._forget()
+            with suppress(OSError):  # the next one removes them
+                self._forget()
 
     def _all(self, mine: str) -> list[str]:
         import torch.distributed as dist
@@ -97,7 +107,7 @@ class Writer:
 
 def found(folder: str) -> list[str]:
     """Whole ones, in order."""
-    numbers = sorted(name for name in storage.names(folder) if NUMBER.fullmatch(name))
+    numbers = sorted((name for name in storage.names(folder) if NUMBER.fullmatch(name)), key=int)
     return [each for name in numbers if storage.exists(storage.join(each := storage.join(folder, name), MANIFEST))]
 
 

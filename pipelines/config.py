@@ -531,7 +531,10 @@ def _check(config: Config) -> None:
         if every is not None and every % config.finetune.log_every:
             wanted = f"a multiple of finetune.log_every={config.finetune.log_every}"
             raise UserError(f"finetune.{key}={every}: {wanted}")
-    if config.tracking.uri and urlsplit(config.tracking.uri).password:
+    if (config.finetune.validate_every or 0) % config.finetune.checkpoint_every:
+        wanted = f"a multiple of checkpoint_every={config.finetune.checkpoint_every}, or none is known to be the best"
+        raise UserError(f"finetune.validate_every={config.finetune.validate_every}: {wanted}")
+    if config.tracking.uri and urlsplit(config.tracking.uri).username:  # some take a token for one
         raise UserError(
             "tracking.uri holds a password: give it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )

@@ -5,20 +5,23 @@ again goes on from the last checkpoint of the row that was interrupted, whatever
 """
 
 import threading
+from contextlib import suppress
 from typing import Any
 
 from cil import TimeNoise, diagnose
 from cil.families import Family
-from pipelines import cluster, storage, zero
+from pipelines import cluster, memory, storage, zero
 from pipelines.artifact import Artifact, Identity, Manifest
-from pipelines.cache import read_cache, refuse_other_encoder
+from pipelines.cache import pinned, read_cache, refuse_other_encoder
 from pipelines.config import ConditioningConfig, Config, TrainingRow
 from pipelines.errors import Unfinished, UserError
 from pipelines.models import counted_of, family_of
 from pipelines.progress import Progress
 from pipelines.reader import ClipReader
 from pipelines.tracking import refuse_unreachable, store_uri
-from pipelines.weights import KIND, plan_weights, trained_network, uri_of
+from pipelines.weights import KIND, plan_weights, uri_of
+
+PATIENCE = 7200  # seconds that ranks wait for rank 0, which exports, and waits for a tracking server that has gone
 
 
 def finetune(config: Config) -> dict[str, Manifest]:
@@ -53,7 +56,7 @@ def finetune(config: Config) -> dict[str, Manifest]:
         if described := describe_noise(rows[name].settings.conditioning, family):
             print(f"finetune {name}: {described}")
         made[name].begin(config.model_dump_json(indent=1))
-    _fit(config, list(missing), {name: each.identity for name, each in made.items()}, profile, gpu)
+    _fit(pinned(config, cache), list(missing), {name: each.identity for name, each in made.items()}, profile, gpu)
     return {name: each.manifest() for name, each in made.items()}
 
 
@@ -65,11 +68,8 @@ def choose_profile(config: Config, family: Family, rows: dict[str, TrainingRow],
             raise UserError(f"finetune.rows.{named}.precision=float16: needs a GPU; bfloat16 works on CPUs too")
     name = settings.deepspeed
     if name == "auto":
-        memory = cluster.gpu_memory() if gpu else None
-        largest = max(rows.values(), key=lambda row: row.settings.train == "full").settings
-        net = trained_network(config, family, largest.model_copy(update={"weights": None}), 0)
-        sizes = {kind: sum(p.numel() for p in net.parameters() if p.requires_grad == kind) for kind in (True, False)}
-        name, why = zero.choose(sizes[True], sizes[False], settings.workers, largest.precision, memory)
+        device = cluster.gpu_memory() if gpu else None
+        name, why = memory.choose(family, [row.settings for row in rows.values()], settings.workers, device)
         print(f"finetune: DeepSpeed profile {name} (infra/deepspeed): {why}")
     profile = zero.profile_of(name)
     if not zero.stage_of(profile):
@@ -79,7 +79,7 @@ def choose_profile(config: Config, family: Family, rows: dict[str, TrainingRow],
                 raise UserError(f"finetune.deepspeed={settings.deepspeed}: ZeRO 0 trains float32 alone, not {wanted}")
     if settings.recompute:
         try:
-            family.recompute(trained_network(config, family, next(iter(rows.values())).settings, 0))
+            family.recompute(memory.network_of(family))
         except ValueError as error:
             raise UserError(f"finetune.recompute: {error}") from None
     return profile
@@ -97,7 +97,7 @@ def _fit(config: Config, missing: list[str], identities: dict[str, Identity], pr
     trainer = ray.train.torch.TorchTrainer(
         train_rows,
         train_loop_config=loop,
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=PATIENCE),
         scaling_config=ray.train.ScalingConfig(num_workers=settings.workers, use_gpu=gpu),
         run_config=ray.train.RunConfig(
             name="ray",
@@ -108,16 +108,18 @@ def _fit(config: Config, missing: list[str], identities: dict[str, Identity], pr
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        reason = str(error).strip().splitlines()[-1]
+        lines = str(error).strip().splitlines()
+        reason = next((line for line in lines if "UserError" in line), lines[-1])
         if "UserError" in reason:  # it would come again
             raise UserError(f"training of {', '.join(missing)} stopped: {reason}") from error
         raise Unfinished(
             f"training of {', '.join(missing)} stopped: {reason}. The same command goes on from here"
         ) from error
     finally:
-        news.put(None)
-        listener.join()
-        news.shutdown()
+        with suppress(Exception):  # the queue's actor may have died with its node
+            news.put(None)
+            listener.join()
+            news.shutdown()
     if stopped:
         raise UserError(f"training of {', '.join(missing)} stopped: {stopped[0]}")
 
@@ -145,16 +147,21 @@ def train_rows(loop: dict[str, Any]) -> None:
                 made[name],
                 cache,
                 loop["profile"],
-                lambda *told: loop["news"].put(told),
+                lambda *told: _tell(loop["news"], told),
                 lambda: ray.train.get_preemption_info() is not None,
             )
             try:
                 trainer.train()
             except NotFinite as error:  # it would come again, and Ray would try it again
                 if dist.get_rank() == 0:
-                    loop["news"].put(str(error))
+                    _tell(loop["news"], str(error))
                 return
             dist.barrier()  # the next row may start from these weights
+
+
+def _tell(news: Any, told: Any) -> None:
+    with suppress(Exception):  # a line of progress is not worth a training
+        news.put(told)
 
 
 def describe_noise(config: ConditioningConfig, family: Family) -> str:
@@ -167,9 +174,16 @@ def describe_noise(config: ConditioningConfig, family: Family) -> str:
     return f"TimeNoise with {diagnose(noise, process.unit_time(process.training_times()))}"
 
 
+def _next(news: Any) -> Any:
+    try:
+        return news.get()
+    except Exception:  # its actor has died
+        return None
+
+
 def _listen(news: Any, stopped: list[str]) -> None:
     bars: dict[str, Progress] = {}
-    while (item := news.get()) is not None:
+    while (item := _next(news)) is not None:
         if isinstance(item, str):
             stopped.append(item)
             continue

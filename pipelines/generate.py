@@ -16,7 +16,7 @@ from cil.families import Family
 from cil.families.base import Dropped
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
-from pipelines.cache import Cache, read_cache, refuse_other_encoder
+from pipelines.cache import Cache, pinned, read_cache, refuse_other_encoder
 from pipelines.config import Config, EvaluationRow
 from pipelines.errors import UserError
 from pipelines.initial_noise import read_initial_noise
@@ -65,7 +65,7 @@ def generate(config: Config) -> dict[str, Manifest]:
                 )
                 for i, lot in enumerate(lots)
             ]
-    arguments = {"config": config.model_dump()}
+    arguments = {"config": pinned(config, cache).model_dump()}
     make_parts(KIND, "videos", [*chain(*parts.values())], Sampler, arguments)
     for name, own in parts.items():
         index = [line for part in own for line in storage.read_rows(part.uri)]

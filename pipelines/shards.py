@@ -4,7 +4,7 @@ Each range has four flat float32 tensors: the weights, both moments of Adam, and
 nothing of ranks or stages, so what one world size and ZeRO stage has saved, any other takes up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,7 @@ class Shards:
         self.engine = engine
         self.stage: int = engine.zero_optimization_stage()
         self._optimizer = engine.optimizer.optimizer if self.stage else engine.optimizer
-        self._counts = (
-            not isinstance(self._optimizer, torch.optim.Optimizer) or "AdamW" not in type(self._optimizer).__name__
-        )
+        self._counts = "AdamW" not in type(self._optimizer).__name__  # DeepSpeed's for CPUs has an int, not a tensor
         self._make_moments()
         self.ranges = list(self._found())
         self._decay: list[tuple[Tensor, Tensor]] = [(r.tensors[AVERAGE], r.tensors[WEIGHTS]) for r in self.ranges]
@@ -55,6 +53,13 @@ class Shards:
         self._count(steps)
 
     @torch.no_grad()
+    def begin_with(self, weights: Mapping[str, Tensor]) -> None:
+        """In full precision, where DeepSpeed has made its float32 weights of rounded ones."""
+        for one in self.ranges:
+            for kind in (WEIGHTS, AVERAGE):
+                one.tensors[kind].copy_(weights[one.name].view(-1)[one.start : one.start + one.numel])
+
+    @torch.no_grad()
     def exchange(self) -> None:
         """Puts the averages where the weights are, and the weights where the averages are: twice is nothing."""
         for one in self.ranges:
@@ -66,8 +71,7 @@ class Shards:
         if self.stage in (1, 2):
             optimizer.update_lp_params()
         elif self.stage == 3:
-            if optimizer.persistent_parameters:
-                optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+            optimizer._partition_all_parameters()  # or what it has gathered to use again would stay as it was
             for low, high in zip(
                 optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True
             ):

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipelines import storage
-from pipelines.artifact import Manifest
+from pipelines.artifact import Artifact
 from pipelines.config import Config
 from pipelines.errors import Unfinished, UserError
 
@@ -70,7 +70,7 @@ class Run:
             path.write_bytes(data)
             self._client.log_artifact(self.id, str(path), posixpath.dirname(name) or None)
 
-    def register(self, name: str, weights: Manifest) -> None:
+    def register(self, name: str, weights: Artifact, told: dict[str, Any]) -> None:
         """In the model registry by URI and digest: nothing is copied. Once, whatever is run again."""
         from mlflow.exceptions import MlflowException
 
@@ -82,7 +82,8 @@ class Run:
                 "uri": weights.uri,
                 "fingerprint": weights.fingerprint,
                 **weights.identity,
-                "counts": weights.counts,
+                "samples": told["samples"],
+                "steps": told["steps"],
             }
             self.file("model/card.json", json.dumps(card, indent=1).encode())
             tags = {"cil.fingerprint": weights.fingerprint, "cil.uri": weights.uri}
@@ -124,8 +125,8 @@ class Feed:
     def file(self, name: str, data: bytes) -> None:
         self._tell("file", name, data)
 
-    def register(self, name: str, weights: Manifest) -> None:
-        self._tell("register", name, weights)
+    def register(self, name: str, weights: Artifact, told: dict[str, Any]) -> None:
+        self._tell("register", name, weights, told)
 
     def again(self, unsent: list[Any]) -> None:
         """Points that an earlier attempt could not send."""

@@ -4,6 +4,7 @@ Nothing here asks how many workers there are or which ZeRO stage it is, but for 
 function of (seed, position in the stream), and checkpoints keep ranges of parameters by their names.
 """
 
+import gc
 import json
 import math
 import time
@@ -64,6 +65,7 @@ class RowTrainer:
         self.micro_batch = self.settings.micro_batch or self.row.batch // self.world
         self.validation = Validation(config, self.family, cache) if self.settings.validate_every else None
         self.run = self.open_run() if self.rank == 0 else None
+        self.left = False
 
     def train(self) -> None:
         """To the end; again from the last checkpoint where a batch is to be left out."""
@@ -76,16 +78,18 @@ class RowTrainer:
                 self.writer.wait()
                 self.leave_out(error)
         self.finish()
+        self.close()
 
     def begin(self) -> None:
         """The network, its optimiser and the position, as the last checkpoint has them."""
         last = _agreed(checkpoints.found(self.folder)[-1:])
         stored = Stored(last[0]) if last else None
         self.samples = self.steps = 0  # clips seen, which is also the position in the stream; steps of the optimiser
-        self.validation_loss: float | None = None
+        self.validated: tuple[int, float] | None = None  # the samples at which it was measured, and the loss
         net = trained_network(self.config, self.family, self.row, self.seed, stored)
         if self.settings.recompute:
             self.family.recompute(net)
+        whole = {name: p.detach().clone() for name, p in net.named_parameters()} if self.rounded(stored) else {}
         self.engine = zero.engine_of(net, self.profile, self.row, self.micro_batch, self.world)
         self.device = self.engine.device
         self.family.to(self.device)  # what is frozen: CLIP's tower looks at the image in each step
@@ -94,13 +98,17 @@ class RowTrainer:
             self.samples, self.steps = stored.told["samples"], stored.told["steps"]
             if self.run:
                 self.run.again(stored.told["unsent"])
-            self.validation_loss = stored.told.get("validation_loss")
             self.shards.restore(stored.read, self.steps)
             zero.set_loss_scale(self.engine, stored.told["loss_scale"])
+        elif whole:
+            self.shards.begin_with(whole)
         self.saved, self.steps_before = self.samples, self.steps
         self.writer = checkpoints.Writer(self.folder, self.shards, self.settings.keep)
         self.skipped = _agreed(_skipped(self.folder))
         self.curve = Curve(self.device)
+
+    def rounded(self, stored: Stored | None) -> bool:
+        return stored is None and self.row.precision != "float32"
 
     def loop(self) -> None:
         row, every = self.row, self.settings
@@ -121,7 +129,8 @@ class RowTrainer:
                 self.validate()
             if last or self.samples % every.checkpoint_every == 0:
                 self.checkpoint()
-            if self.samples % every.log_every == 0 and self.leaving():
+            if not self.left and self.samples % every.log_every == 0 and self.leaving():
+                self.left = True  # it stays so until the node goes: one checkpoint more is enough
                 self.checkpoint()
                 self.writer.wait()
 
@@ -131,7 +140,7 @@ class RowTrainer:
         losses = []
         for begin in range(0, len(positions), self.micro_batch):
             some = slice(begin, begin + self.micro_batch)
-            micro = {name: tensor[some].to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            micro = {name: tensor[some].to(self.device) for name, tensor in batch.items()}
             draws = Draws([(self.seed, p) for p in positions[some]], self.device)
             loss, t, _ = self.objective(self.family, self.engine, micro, draws)
             norm = zero.step(self.engine, loss.mean(), self.row.clip_norm)
@@ -139,8 +148,10 @@ class RowTrainer:
             self.curve.add(loss, self.family.process.unit_time(t))
         self.refuse_not_finite(positions, torch.cat(losses), norm)
         self.curve.norm = norm
-        self.steps = self.steps_before + self.engine.global_steps - self.engine.skipped_steps
-        self.shards.average(self.row.ema)
+        steps = self.steps_before + self.engine.global_steps - self.engine.skipped_steps
+        if steps > self.steps:  # or float16's gradients were too large, and nothing has moved
+            self.shards.average(self.row.ema)
+        self.steps = steps
 
     def refuse_not_finite(self, positions: list[int], losses: Tensor, norm: float) -> None:
         """On all ranks together, and with the ids of the clips."""
@@ -170,13 +181,13 @@ class RowTrainer:
             self.run.tags({f"left_out.{self.samples}": str(error)})
             rest = json.dumps(sorted([*self.skipped, self.samples])).encode()
             storage.write(storage.join(self.folder, SKIPPED), rest)
-        del self.engine, self.shards, self.writer  # or there would be two of them at once
+        self.close()
         dist.barrier()
 
     def log(self) -> None:
         values = self.curve.take()
         values["lr"] = learning_rate(self.row, self.samples - self.row.batch)
-        values["skipped_batches"] = float(len(self.skipped) + self.engine.skipped_steps)
+        values["skipped_batches"] = float(len(self.skipped))
         if self.run:
             self.run.metrics(values, self.samples)
             self.news(self.name, self.samples, self.row.samples, values["loss"])
@@ -190,7 +201,7 @@ class RowTrainer:
         values, media = self.validation(self.engine, self.device)
         self.engine.train()
         self.shards.exchange()
-        self.validation_loss = values["validation/loss"]
+        self.validated = (self.samples, values["validation/loss"])
         if self.run:
             self.run.metrics(values | {"validation/seconds": time.perf_counter() - begin}, self.samples)
             for name, data in media.items():
@@ -213,7 +224,7 @@ class RowTrainer:
             "steps": self.steps,
             "clips": len(self.clips),
             "skipped_batches": len(self.skipped),
-            "validation_loss": self.validation_loss,
+            "validation_loss": self.validated[1] if self.validated and self.validated[0] == self.samples else None,
             "loss_scale": zero.loss_scale(self.engine),
             "shapes": zero.shapes_of(self.engine.module),
             "world": self.world,
@@ -227,12 +238,18 @@ class RowTrainer:
         self.checkpoint()
         self.writer.wait()
         if self.run:
-            self.run.flush()  # before the row is finished: another run of the job would not come back to it
             stored = Stored(checkpoints.found(self.folder)[-1])
-            manifest = write_stored(self.config, self.family, self.row, self.seed, stored, self.made)
-            self.run.register(f"{self.config.tracking.experiment}.{self.name}", manifest)
+            self.run.register(f"{self.config.tracking.experiment}.{self.name}", self.made, stored.told)
             self.run.finished()
-            self.run.flush()
+            self.run.flush()  # before the row is finished: another run of the job would not come back to it
+            write_stored(self.config, self.family, self.row, self.seed, stored, self.made)
+
+    def close(self) -> None:
+        """What the next row, or the same one again, is to have room for."""
+        self.writer.close()
+        self.engine.destroy()
+        del self.engine, self.shards, self.writer
+        gc.collect()
 
     def open_run(self) -> Feed:
         run = Feed(self.config, self.name, "train", self.made.fingerprint)

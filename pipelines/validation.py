@@ -21,7 +21,7 @@ from pipelines.reader import ClipReader, SampleOrder
 from pipelines.video import encode
 
 TIMES = 10
-SEED = 0x0FF  # another stream of draws than training's, which has the row's seed
+SEED = 0x0FF  # of keys of three numbers, where those of training have two
 FPS = 8
 
 
@@ -29,7 +29,7 @@ class Validation:
     def __init__(self, config: Config, family: Family, cache: Cache) -> None:
         self.family, self.settings = family, config.finetune.validation
         self.clips = ClipReader(cache, "validation")
-        order = SampleOrder(len(self.clips), SEED) if len(self.clips) else lambda position: position
+        order = SampleOrder(len(self.clips), SEED)
         self.numbers = [order(i) for i in range(min(len(self.clips), self.settings.clips))]
         self.times = family.process.times(TIMES).flip(0)  # rising
 
@@ -79,7 +79,7 @@ class Validation:
         batch = {name: tensor.to(device) for name, tensor in self.clips.batch(numbers).items()}
         condition, _ = family.condition(batch, CleanCondition(), torch.zeros(len(numbers), device=device), None)
         times = family.process.times(self.settings.steps)
-        draws = Draws([(SEED, number) for number in numbers], device)
+        draws = Draws([(SEED, number, TIMES) for number in numbers], device)
         x = InitialNoise.standard(family.latent_shape).sample(family.process, times[0], len(numbers), draws)
         latents = sample(
             lambda x_t, t: family.denoise(net, x_t, t, condition), x, family.process, times, family.prediction

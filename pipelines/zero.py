@@ -1,9 +1,7 @@
-"""DeepSpeed: which profile of infra/deepspeed a training takes, what it needs of memory, and the engine.
+"""DeepSpeed: the profiles of infra/deepspeed, and the engine of a training.
 
 A profile is a DeepSpeed configuration without what the study says (batch, precision, clipping). Stage 0 keeps all on
 every rank, 1 shares out the optimiser's state, 2 also gradients, 3 also weights; `offload` moves them to CPU memory.
-
-    python -m pipelines.zero     # the table of docs/training.md: what each profile needs for the published networks
 """
 
 import fcntl
@@ -18,20 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cil.trainable import Trained
 from pipelines.config import RowConfig
 from pipelines.errors import UserError
 
 PROFILES = Path(__file__).parents[1] / "infra" / "deepspeed"
-BY_DEFAULT = ("zero-1", "zero-2", "zero-3", "zero-2-offload", "zero-3-offload")  # the fastest first
 OURS = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("fp16", "bf16", "optimizer", "scheduler", "steps_per_print"),
 }
-FREE = 0.6  # of a device's memory for what is counted here; activations take the rest
-GIB = 2**30
 
-Profile = dict[str, Any]
+Profile = Mapping[str, Any]
 
 
 def profile_of(name: str) -> Profile:
@@ -56,34 +50,8 @@ def stage_of(profile: Profile) -> int:
 
 
 def offloads(profile: Profile, what: str = "optimizer") -> bool:
-    return profile.get("zero_optimization", {}).get(f"offload_{what}", {}).get("device", "none") != "none"
-
-
-def bytes_a_rank(profile: Profile, trained: int, frozen: int, world: int, precision: str) -> float:
-    """On the device: weights, gradients, Adam's moments, the float32 copy of the weights, and their average.
-
-    Between the parts of a batch: `python -m benchmarks.zero` counts it. Buckets and activations come on top.
-    """
-    stage, low = stage_of(profile), 4 if precision == "float32" else 2
-    weights = 0.0 if offloads(profile, "param") else low * (trained + frozen) / (world if stage == 3 else 1)
-    gradients = low * trained / (world if stage >= 2 else 1)
-    if stage == 0:
-        return weights + gradients + trained * (8 + 4)
-    return weights + gradients + (0.0 if offloads(profile) else trained * (4 + 8 + 4) / world)
-
-
-def choose(trained: int, frozen: int, world: int, precision: str, memory: int | None) -> tuple[str, str]:
-    """The fastest profile that fits into a device's memory (none: a CPU's), and why."""
-    if memory is None:
-        return BY_DEFAULT[0], "on CPUs nothing is gained by sharing out more"
-    for name in BY_DEFAULT:
-        wanted = bytes_a_rank(profile_of(name), trained, frozen, world, precision)
-        if wanted <= FREE * memory:
-            break
-    told = (
-        f"{(trained + frozen) / 1e6:,.0f} million parameters in {precision} on {world} workers take {wanted / GIB:.1f}"
-    )
-    return name, f"{told} GiB each of {memory / GIB:.0f} GiB, before activations"
+    told: str = profile.get("zero_optimization", {}).get(f"offload_{what}", {}).get("device", "none")
+    return told != "none"
 
 
 def prepare(gpu: bool) -> None:
@@ -95,7 +63,7 @@ def prepare(gpu: bool) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
-def engine_of(net: nn.Module, profile: Mapping[str, Any], row: RowConfig, micro_batch: int, world: int) -> Any:
+def engine_of(net: nn.Module, profile: Profile, row: RowConfig, micro_batch: int, world: int) -> Any:
     """A DeepSpeedEngine with AdamW: DeepSpeed's own where the state lies in CPU memory, else PyTorch's."""
     import deepspeed
 
@@ -108,7 +76,7 @@ def engine_of(net: nn.Module, profile: Mapping[str, Any], row: RowConfig, micro_
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": row.batch // world // micro_batch,
-        "gradient_clipping": row.clip_norm if stage_of(dict(profile)) else 0.0,  # without ZeRO `step` clips
+        "gradient_clipping": row.clip_norm if stage_of(profile) else 0.0,  # without ZeRO `step` clips
         "bf16": {"enabled": row.precision == "bfloat16"},
         "fp16": {"enabled": row.precision == "float16"},
         "steps_per_print": 10**9,
@@ -117,7 +85,7 @@ def engine_of(net: nn.Module, profile: Mapping[str, Any], row: RowConfig, micro_
     told: dict[str, Any] = {"lr": row.lr, "weight_decay": row.weight_decay}
     if not gpu:
         _load("ShareMemCommBuilder")
-    if offloads(dict(profile)):
+    if offloads(profile):
         _load("CPUAdamBuilder")
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -148,12 +116,16 @@ def _load(builder: str) -> None:
 def step(engine: Any, loss: Tensor, clip_norm: float) -> float:
     """Backward, and after a batch's last part the optimiser's step; answers the norm of all gradients."""
     engine.backward(loss)
-    norm = None
-    if not engine.zero_optimization_stage() and engine.is_gradient_accumulation_boundary():
+    whole, norm = engine.is_gradient_accumulation_boundary(), None
+    if whole and not engine.zero_optimization_stage():
         norm = nn.utils.clip_grad_norm_(engine.module.parameters(), clip_norm)
     engine.step()
+    if not whole:
+        return 0.0
     norm = engine.get_global_grad_norm() if norm is None else norm
-    return float(norm or 0)
+    if norm is None:
+        raise UserError("finetune.deepspeed: a profile without the norm of gradients cannot tell NaN")
+    return float(norm)
 
 
 def shapes_of(net: nn.Module) -> dict[str, list[int]]:
@@ -162,48 +134,14 @@ def shapes_of(net: nn.Module) -> dict[str, list[int]]:
     return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trained}
 
 
-def loss_scale(engine: Any) -> float | None:
-    """float16's, which has found its size over many steps."""
-    return float(engine.optimizer.loss_scaler.cur_scale) if engine.fp16_enabled() else None
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter")  # float16's, which has found its size over many steps
 
 
-def set_loss_scale(engine: Any, scale: float | None) -> None:
-    if scale is not None:
-        engine.optimizer.loss_scaler.cur_scale = scale
+def loss_scale(engine: Any) -> dict[str, float]:
+    scaler = engine.optimizer.loss_scaler if engine.fp16_enabled() else None
+    return {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)}
 
 
-GPUS = (1, 8, 64)
-PUBLISHED = {"dynamicrafter": "512", "videocrafter1": "512", "svd": "512", "i2vgenxl": "256"}
-WAYS: tuple[Trained, ...] = ("full", "temporal", "lora")
-
-
-def parameters_of(name: str, preset: str, way: Trained) -> tuple[int, int]:
-    """Trained ones and frozen ones of a family's network, which is not made for it."""
-    from cil import families
-    from cil.trainable import freeze
-
-    family = families.load(name, preset=preset)
-    with torch.device("meta"):
-        net = freeze(family.network(0), family, way)
-    counts = [sum(p.numel() for p in net.parameters() if p.requires_grad == kind) for kind in (True, False)]
-    return counts[0], counts[1]
-
-
-def table() -> str:
-    """GiB a GPU, for as many GPUs as GPUS says; ZeRO 0 in float32, the others in bfloat16."""
-    kinds = {name: profile_of(name) for name in ("zero-0", *BY_DEFAULT)}
-    lines = [f"| family, what is trained | million parameters | {' | '.join(kinds)} |", "|---" * (2 + len(kinds)) + "|"]
-    for name, preset in PUBLISHED.items():
-        for way in WAYS:
-            trained, frozen = parameters_of(name, preset, way)
-            cells = [f"{name}, {way}", f"{trained / 1e6:,.0f} of {(trained + frozen) / 1e6:,.0f}"]
-            for profile in kinds.values():
-                kind = "bfloat16" if stage_of(profile) else "float32"
-                needs = (bytes_a_rank(profile, trained, frozen, gpus, kind) / GIB for gpus in GPUS)
-                cells.append(" / ".join(f"{need:.1f}" for need in needs))
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(table())
+def set_loss_scale(engine: Any, told: dict[str, float]) -> None:
+    for name, value in told.items():
+        setattr(engine.optimizer.loss_scaler, name, value)

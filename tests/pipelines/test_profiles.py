@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from pipelines import zero
+from pipelines import memory, zero
 from pipelines.config import RowConfig
 
 NAMES = sorted(path.stem for path in zero.PROFILES.glob("*.json"))
@@ -69,15 +69,15 @@ def test_deepspeed_takes_every_profile_and_trains_the_same_weights_by_it(name, t
 
 
 def test_the_table_of_the_page_is_the_one_that_is_computed():
-    """`python -m pipelines.zero` prints it."""
-    assert zero.table() in PAGE.read_text()
+    """`python -m pipelines.memory` prints it."""
+    assert memory.table() in PAGE.read_text()
 
 
 def test_a_rank_needs_what_its_stage_leaves_it():
     """16 bytes a parameter in float32 are Adam's moments, the average and the weights themselves; gradients are 4."""
 
     def bytes_of(name: str, world: int, precision: str, frozen: int = 0) -> float:
-        return zero.bytes_a_rank(zero.profile_of(name), 1000, frozen, world, precision)
+        return memory.bytes_a_rank(zero.profile_of(name), 1000, frozen, world, precision)
 
     assert bytes_of("zero-0", 4, "float32") == 20 * 1000
     # A float32 copy of the weights beside the weights, though both are float32.
