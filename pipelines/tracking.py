@@ -204,6 +204,10 @@ def open_study(config: Config) -> tuple[Any, str]:
     from mlflow.exceptions import MlflowException
 
     uri, name = store_uri(config), config.tracking.experiment
+    file = uri.removeprefix("sqlite:///")
+    if file != uri and not storage.exists(file):
+        with storage.creating(file) as path:  # a store whose making was killed would be refused for ever
+            MlflowClient(f"sqlite:///{path}").search_experiments()
     client = MlflowClient(uri)
     if client.get_experiment_by_name(name) is None:
         there = storage.join(config.out, "mlartifacts")

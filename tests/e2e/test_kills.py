@@ -72,7 +72,7 @@ def disturbed(road, smallest, tmp_path_factory):
 
 
 def checkpoints(config) -> int:
-    return len(list(Path(config.out, "training").glob("*/000000064/manifest.json")))
+    return len(list(Path(config.out, "training").glob("*/*/manifest.json")))
 
 
 def test_a_cache_whose_worker_was_killed_has_the_same_bytes(road, disturbed):

@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,3 +90,22 @@ def test_nested_parameters_are_logged_under_dotted_names(config):
 def test_the_store_stands_beside_the_artifacts_unless_a_server_is_named(tmp_path):
     assert store_uri(load(None, [f"out={tmp_path}"])) == f"sqlite:///{tmp_path}/mlflow.db"
     assert store_uri(load(None, ["tracking.uri=http://127.0.0.1:5000"])) == "http://127.0.0.1:5000"
+
+
+def test_a_store_whose_making_was_killed_is_made_again(tmp_path):
+    config = load(None, [f"out={tmp_path}"])
+    first = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"from pipelines import config, tracking\ntracking.open_study(config.load(None, ['out={tmp_path}']))",
+        ]
+    )
+    while first.poll() is None and not any(path.stat().st_size for path in tmp_path.glob(".unfinished-????????")):
+        time.sleep(0.001)
+    first.kill()
+    first.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    run = Run(config, "row", "train", "print-1")
+    run.metrics({"loss": 1.0}, 8)
+    assert points(config, run, "loss") == [(8, 1.0)]
