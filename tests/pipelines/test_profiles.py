@@ -53,7 +53,7 @@ def _train(rank: int, port: int, folder: str) -> None:
 
 def test_there_is_a_profile_of_each_stage_and_each_is_tried_by_default():
     assert {zero.stage_of(zero.profile_of(name)) for name in NAMES} == {0, 1, 2, 3}
-    assert {"zero-0", *zero.BY_DEFAULT} == set(NAMES)
+    assert {"zero-0", *memory.BY_DEFAULT} == set(NAMES)
 
 
 @pytest.mark.slow
