@@ -28,6 +28,7 @@ def test_there_is_a_job_for_every_station():
         "show_cache",
         "initial_noise",
         "finetune",
+        "export",
         "generate",
         "score",
         "compare",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.artifact import Manifest
+from pipelines.artifact import Artifact
 from pipelines.config import load
 from pipelines.tracking import Run, runs, store_uri
 
@@ -44,25 +44,24 @@ def test_what_is_told_again_in_one_attempt_is_one_point(config):
     assert points(config, run, "loss") == [(s, 1 / s) for s in (10, 20, 30)]
 
 
-def test_weights_are_registered_once_with_their_place_and_what_they_are(config):
-    run = Run(config, "row", "train", "print-8")
-    for digest in ("w1", "w1", "w2"):
-        run.register(
-            "study.row", Manifest("s3://b/weights/row", "weights", digest, {"preset": "tiny"}, {"samples": 8}, {})
-        )
-    Run(config, "row", "train", "print-8").register(
-        "study.row", Manifest("s3://b/weights/row", "weights", "w2", {"preset": "tiny"}, {"samples": 8}, {})
-    )
+def test_weights_are_registered_once_with_their_place_and_what_they_are(config, tmp_path):
+    run, told = Run(config, "row", "train", "print-8"), {"samples": 8, "steps": 1}
+    weights = [Artifact(f"{tmp_path}/weights/row", "weights", {"preset": "tiny", "of": of}) for of in (1, 1, 2)]
+    for made in weights:
+        run.register("study.row", made, told)
+    Run(config, "row", "train", "print-8").register("study.row", weights[2], told)
     client = MlflowClient(store_uri(config))
     versions = client.search_model_versions("name = 'study.row'")
-    assert sorted(v.tags["cil.fingerprint"] for v in versions) == ["w1", "w2"]
-    assert {v.tags["cil.uri"] for v in versions} == {"s3://b/weights/row"}
+    assert sorted(v.tags["cil.fingerprint"] for v in versions) == sorted({made.fingerprint for made in weights})
+    assert {v.tags["cil.uri"] for v in versions} == {f"{tmp_path}/weights/row"}
     card = json.loads(Path(client.download_artifacts(run.id, "model/card.json")).read_text())
     assert card == {
-        "uri": "s3://b/weights/row",
-        "fingerprint": "w2",
+        "uri": f"{tmp_path}/weights/row",
+        "fingerprint": weights[2].fingerprint,
         "preset": "tiny",
-        "counts": {"samples": 8},
+        "of": 2,
+        "samples": 8,
+        "steps": 1,
     }
 
 

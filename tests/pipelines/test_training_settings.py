@@ -122,8 +122,11 @@ def test_a_profile_of_the_users_says_nothing_that_the_row_says(tmp_path, text, s
     assert choose_profile(config, family_of(config), config.training_rows(), gpu=False) == own
 
 
+LOOKS = ("finetune.validate_every=80", "finetune.checkpoint_every=80")
+
+
 def test_validation_without_clips_for_it_is_refused(settings, here, tmp_path):
-    config = settings(tmp_path, "cache.validation=0", "catalog.limit=6", "finetune.validate_every=80")
+    config = settings(tmp_path, "cache.validation=0", "catalog.limit=6", *LOOKS)
     build_cache(config)
     with pytest.raises(UserError, match=r"finetune\.validate_every: no clip in .* is for validation; see cache\.valid"):
         finetune(config)
