@@ -17,10 +17,13 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines import storage
+from pipelines.artifact import Artifact
+from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.shards import WEIGHTS, Shards
 
@@ -33,8 +36,6 @@ class Writer:
     """One rank's. The folder of a checkpoint is named by the samples seen."""
 
     def __init__(self, folder: str, shards: Shards, keep: int) -> None:
-        import torch.distributed as dist
-
         self.folder, self.shards, self.keep = folder, shards, keep
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         # Of the threads alone: their words must not come between those of the training steps.
@@ -61,8 +62,6 @@ class Writer:
             writing.result()
 
     def close(self) -> None:
-        import torch.distributed as dist
-
         self._thread.shutdown()
         dist.destroy_process_group(self._others)
 
@@ -90,8 +89,6 @@ class Writer:
                 self._forget()
 
     def _all(self, mine: str) -> list[str]:
-        import torch.distributed as dist
-
         found: list[str] = [""] * self.world
         dist.all_gather_object(found, mine, group=self._others)
         return found
@@ -103,6 +100,11 @@ class Writer:
         for folder in there:
             if folder not in kept:
                 remove(folder)
+
+
+def training_of(config: Config, name: str, made: Artifact) -> str:
+    """Where a row's checkpoints are."""
+    return storage.join(config.out, "training", f"{name}-{made.fingerprint[:8]}")
 
 
 def found(folder: str) -> list[str]:

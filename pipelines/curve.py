@@ -4,6 +4,7 @@ import resource
 import time
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 BUCKETS = 10
@@ -32,8 +33,6 @@ class Curve:
         self.sums[1].index_add_(0, bucket, torch.ones_like(loss, dtype=torch.float64))
 
     def take(self) -> dict[str, float]:
-        import torch.distributed as dist
-
         dist.all_reduce(self.sums)
         loss, count = self.sums.cpu()
         seconds = time.perf_counter() - self.begin

@@ -1,16 +1,13 @@
 """A checkpoint, from whatever number of workers and ZeRO stage, as weights in the family's published layout."""
 
-from cil.families import Family
-from cil.trainable import merged
 from pipelines import checkpoints, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import read_cache
-from pipelines.checkpoints import Stored
-from pipelines.config import Config, RowConfig
+from pipelines.checkpoints import Stored, training_of
+from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.models import family_of
-from pipelines.shards import AVERAGE, WEIGHTS
-from pipelines.weights import KIND, plan_weights, trained_network, write_weights
+from pipelines.weights import KIND, plan_weights, write_stored
 
 
 def export(config: Config) -> Manifest:
@@ -30,20 +27,6 @@ def export(config: Config) -> Manifest:
         return weights.manifest()
     weights.begin(config.model_dump_json(indent=1))
     return write_stored(config, family, rows[name].settings, rows[name].seed, stored, weights)
-
-
-def write_stored(
-    config: Config, family: Family, row: RowConfig, seed: int, stored: Stored, weights: Artifact
-) -> Manifest:
-    """What is trained comes from the checkpoint, what is frozen from the weights that the row began with."""
-    averaged, raw = (merged(trained_network(config, family, row, seed, stored.of(k))) for k in (AVERAGE, WEIGHTS))
-    counts = {name: stored.told[name] for name in ("samples", "steps", "clips", "skipped_batches")}
-    return write_weights(weights, family, averaged, raw, counts)
-
-
-def training_of(config: Config, name: str, made: Artifact) -> str:
-    """Where a row's checkpoints are."""
-    return storage.join(config.out, "training", f"{name}-{made.fingerprint[:8]}")
 
 
 def _chosen(folder: str, wanted: str | int) -> str:

@@ -5,15 +5,17 @@ nothing of ranks or stages, so what one world size and ZeRO stage has saved, any
 """
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 WEIGHTS, AVERAGE = "weights", "average"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-KINDS = (WEIGHTS, *MOMENTS, AVERAGE)
+AT_ONCE = 16  # requests to a store
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,16 @@ class Shards:
         averages, weights = zip(*self._decay, strict=True) if self._decay else ((), ())
         torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
 
-    @torch.no_grad()
     def restore(self, read: Callable[[str, str, int, int], Tensor], steps: int) -> None:
         """`read(kind, name, start, stop)`. The network itself must have been made with these weights already."""
-        for one in self.ranges:
-            for kind, tensor in one.tensors.items():
-                tensor.copy_(read(kind, one.name, one.start, one.start + one.numel))
+
+        def fill(one: Range) -> None:
+            with torch.no_grad():  # which is each thread's own
+                for kind, tensor in one.tensors.items():
+                    tensor.copy_(read(kind, one.name, one.start, one.start + one.numel))
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(fill, self.ranges))
         self._count(steps)
 
     @torch.no_grad()
@@ -80,8 +86,6 @@ class Shards:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
     def _found(self) -> Any:
-        import torch.distributed as dist
-
         rank, world = dist.get_rank(), dist.get_world_size()
         trained = [(name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad]
         for number, (name, parameter) in enumerate(trained):

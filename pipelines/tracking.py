@@ -104,9 +104,7 @@ class Feed:
     LONGEST = 15  # seconds between two attempts
 
     def __init__(self, config: Config, name: str, stage: str, fingerprint: str) -> None:
-        # Else one call may take a quarter of an hour to fail.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        _be_brief()
         self._open = lambda: Run(config, name, stage, fingerprint)
         self._waiting: deque[tuple[str, tuple[Any, ...]]] = deque()
         self._changed = threading.Condition()
@@ -166,6 +164,10 @@ class Feed:
                 run = run or self._open()
                 getattr(run, what)(*told)
             except Exception as error:  # MLflow's, its server's, SQLAlchemy's: whatever it is, training goes on
+                if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":  # it never will be valid
+                    print(f"tracking: {what} is left out: {_one_line(error)}", flush=True)
+                    self._sent()
+                    continue
                 if not self.problem:
                     print(f"tracking: {_one_line(error)}; tried again until it works", flush=True)
                 self.problem = _one_line(error)
@@ -174,9 +176,18 @@ class Feed:
                 pause = min(2 * pause, self.LONGEST)
                 continue
             self.problem, pause = "", 1.0
-            with self._changed:
-                self._waiting.popleft()
-                self._changed.notify_all()
+            self._sent()
+
+    def _sent(self) -> None:
+        with self._changed:
+            self._waiting.popleft()
+            self._changed.notify_all()
+
+
+def _be_brief() -> None:
+    """Else one call of MLflow's client may take a quarter of an hour to fail."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
 
 def _now() -> int:
@@ -196,6 +207,13 @@ def refuse_unreachable(config: Config) -> None:
             socket.create_connection((parts.hostname or "", port), timeout=5).close()
         except OSError as error:
             raise UserError(f"tracking.uri={config.tracking.uri}: cannot be reached ({error})") from None
+        from mlflow.exceptions import MlflowException
+
+        _be_brief()
+        try:
+            open_study(config)
+        except MlflowException as error:
+            raise UserError(f"tracking.uri={config.tracking.uri}: {_one_line(error)}") from None
 
 
 def open_study(config: Config) -> tuple[Any, str]:

@@ -21,17 +21,16 @@ from cil.families import Family
 from pipelines import checkpoints, storage, zero
 from pipelines.artifact import Artifact, commit, versions
 from pipelines.cache import Cache
-from pipelines.checkpoints import Stored
+from pipelines.checkpoints import Stored, training_of
 from pipelines.config import ConditioningConfig, Config, RowConfig, TrainingRow
 from pipelines.curve import Curve
 from pipelines.errors import UserError
-from pipelines.export import training_of, write_stored
 from pipelines.models import counted_of, family_of
 from pipelines.reader import BalancedOrder, ClipReader, SampleOrder, lanes
 from pipelines.shards import Shards
 from pipelines.tracking import Feed
 from pipelines.validation import Validation
-from pipelines.weights import trained_network
+from pipelines.weights import trained_network, write_stored
 
 SKIPPED = "skipped.json"  # the batches that were left out, by the samples before them
 MOST = 10  # of them
@@ -84,7 +83,8 @@ class RowTrainer:
         """The network, its optimiser and the position, as the last checkpoint has them."""
         last = _agreed(checkpoints.found(self.folder)[-1:])
         stored = Stored(last[0]) if last else None
-        self.samples = self.steps = 0  # clips seen, which is also the position in the stream; steps of the optimiser
+        self.samples = 0  # clips seen, which is also the position in the stream
+        self.steps = 0  # of the optimiser
         self.validated: tuple[int, float] | None = None  # the samples at which it was measured, and the loss
         net = trained_network(self.config, self.family, self.row, self.seed, stored)
         if self.settings.recompute:

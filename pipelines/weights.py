@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from cil.checkpoints import digest
 from cil.families import Family
-from cil.trainable import freeze
+from cil.trainable import freeze, merged
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import Cache
+from pipelines.checkpoints import Stored
 from pipelines.config import PUBLISHED, Config, RowConfig, TrainingRow
 from pipelines.errors import UserError
 from pipelines.models import family_code, refuse_other_family, refusing_weights, shape_of
+from pipelines.shards import AVERAGE, WEIGHTS
 
 KIND = "weights"
 CODE = (
@@ -122,6 +124,15 @@ def trained_network(
             if stored is not None and parameter.requires_grad:
                 parameter.copy_(stored[name])
     return net
+
+
+def write_stored(
+    config: Config, family: Family, row: RowConfig, seed: int, stored: Stored, weights: Artifact
+) -> Manifest:
+    """What is trained comes from the checkpoint, what is frozen from the weights that the row began with."""
+    averaged, raw = (merged(trained_network(config, family, row, seed, stored.of(k))) for k in (AVERAGE, WEIGHTS))
+    counts = {name: stored.told[name] for name in ("samples", "steps", "clips", "skipped_batches")}
+    return write_weights(weights, family, averaged, raw, counts)
 
 
 def _made_here(row: str) -> bool:

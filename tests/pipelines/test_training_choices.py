@@ -18,10 +18,10 @@ from cil import CleanCondition, families
 from cil.trainable import freeze, merged
 from pipelines import checkpoints
 from pipelines.cache import read_cache
-from pipelines.checkpoints import Stored
+from pipelines.checkpoints import Stored, training_of
 from pipelines.config import Config
 from pipelines.errors import UserError
-from pipelines.export import export, training_of
+from pipelines.export import export
 from pipelines.models import family_of
 from pipelines.tracking import runs, store_uri
 from pipelines.validation import Validation
