@@ -20,7 +20,7 @@ DIFFERENT = {
     "ema": "ema: 0",
     "precision": "precision: bfloat16",
     "weight_decay": "weight_decay: 1",
-    "linear": "schedule: linear",
+    "linear": "schedule: linear, warmup: 0",
     "constant_rate": "schedule: constant",
     "temporal": "train: temporal",
     "lora": "train: lora",
