@@ -94,6 +94,8 @@ def _rank(
             pass
         except (UserError, OSError) as raised:
             error = str(raised)
+        if hasattr(trainer, "writer"):  # one that has come to its end is closed
+            trainer.close()
         if rank == 0:
             Path(folder, str(i)).write_text(json.dumps([trainer.seen, error]))
         dist.barrier()
