@@ -1,7 +1,9 @@
 """Which of a network's weights are trained: all, the UNet's without its projector, the temporal layers', or adapters.
 
-freeze(net, family, "lora", rank=16)     # adapters of peft on the attention's linear layers; they begin as nothing
-state = merged(net)                      # the network's own names again, adapters added to what they adapt
+    freeze(net, family, "lora", rank=16)     # adapters of peft on the attention's linear layers
+    state = merged(net)                      # the network's own names again, adapters added to what they adapt
+
+Adapters begin as nothing, so that training begins with the network as it was.
 """
 
 import re

@@ -29,12 +29,12 @@ pip install --constraint constraints.txt torch
 pip install --constraint constraints.txt --editable '.[dev]'
 
 echo "setup: building DeepSpeed's operators for CPUs (some minutes, once)"
-# A build that was killed leaves a lock, at which this one would wait for ever.
-PATH="$PWD/.venv/bin:$PATH" DS_ACCELERATOR=cpu timeout 1800 .venv/bin/python - >.venv/deepspeed-build.log 2>&1 <<'PYTHON' ||
-from deepspeed.ops.op_builder.cpu import CPUAdamBuilder, ShareMemCommBuilder
+.venv/bin/python - >.venv/deepspeed-build.log 2>&1 <<'PYTHON' ||
+from pipelines import zero
 
-ShareMemCommBuilder().load()
-CPUAdamBuilder().load()
+zero.prepare(gpu=False)
+for operator in ("ShareMemCommBuilder", "CPUAdamBuilder"):
+    zero.load_operator(operator)
 PYTHON
-  { echo "setup: the build failed; see .venv/deepspeed-build.log, or remove ~/.cache/torch_extensions/*/*/lock" >&2; exit 1; }
+  { echo "setup: the build failed; see .venv/deepspeed-build.log" >&2; exit 1; }
 echo "$wanted" >"$stamp"

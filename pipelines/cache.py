@@ -43,7 +43,6 @@ from pipelines.watch import Watch
 KIND, SNAPSHOT = "latent cache", "snapshot"
 LATEST = "latest.json"
 INDEX, PLAN, REJECTS = "index.arrow", "plan.arrow", "rejects.jsonl"
-AT_ONCE = 16  # requests to a store
 FIRST = 1000  # videos among which one that is there is looked for
 CODE = (
     *("pipelines.clips", "pipelines.views", "pipelines.video", "pipelines.decoding"),
@@ -333,7 +332,7 @@ def _split_together(index: pa.Table) -> pa.Array:
 
 def tables_of(uris: Iterable[str]) -> Iterable[pa.Table]:
     """In order, several read at once."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(storage.AT_ONCE) as pool:
         yield from pool.map(_table, uris)
 
 

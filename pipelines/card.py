@@ -1,14 +1,12 @@
 """What a cache holds, for people: its card, pictures of it, whether its bytes are what they were, what nobody needs."""
 
 import hashlib
-import io
 import json
 import posixpath
 from collections import Counter
 
 import numpy as np
 import torch
-from PIL import Image
 
 from cil.moments import Moments
 from pipelines import storage
@@ -19,6 +17,7 @@ from pipelines.initial_noise import MomentsMaker
 from pipelines.models import family_of
 from pipelines.progress import Progress, clock
 from pipelines.reader import SCORES, ClipReader, scored
+from pipelines.video import sheet
 from pipelines.watch import BUILD
 
 SHOWN = 8  # clips on the contact sheet, three frames of each
@@ -96,11 +95,7 @@ def contact_sheet(config: Config, cache: Cache) -> bytes:
     latents = reader.batch(numbers)["latents"].float() if numbers else torch.empty(0, *family.latent_shape)
     some = [cache.path(part["name"], "moments") for part in cache.parts[:LOOKED_AT]]
     mean = Moments.merged(Moments.from_bytes(storage.read(uri)) for uri in some).mean.float()
-    times = [0, family.frames // 2, family.frames - 1]
-    rows = [torch.cat(list(frames[times]), dim=1) for frames in family.decode(torch.cat([latents, mean[None]]))]
-    picture = io.BytesIO()
-    Image.fromarray(torch.cat(rows).numpy()).save(picture, "PNG")
-    return picture.getvalue()
+    return sheet(list(family.decode(torch.cat([latents, mean[None]]))))
 
 
 def verify(config: Config, cache: Cache) -> None:

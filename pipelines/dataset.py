@@ -1,6 +1,8 @@
 """The clips of a cache as a Ray Dataset, for analysis: of each what is known of it, and its tensors as arrays.
 
-dataset(read_cache(load("study.yaml")), "train").select_columns(["motion", "latents"]).take_batch(64)
+    dataset(read_cache(load("study.yaml")), "train").select_columns(["motion", "latents"]).take_batch(64)
+
+docs/cache.md has more of it.
 """
 
 from typing import Any

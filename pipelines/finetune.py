@@ -19,6 +19,7 @@ from pipelines.models import counted_of, family_of
 from pipelines.progress import Progress
 from pipelines.reader import ClipReader
 from pipelines.tracking import refuse_unreachable, store_uri
+from pipelines.trainer import NotFinite, RowTrainer, agreed, conditioning_noise
 from pipelines.weights import KIND, plan_weights, uri_of
 
 PATIENCE = 7200  # seconds that ranks wait for rank 0, which exports, and waits for a tracking server that has gone
@@ -130,16 +131,12 @@ def train_rows(loop: dict[str, Any]) -> None:
     import ray.train
     import torch.distributed as dist
 
-    from pipelines.trainer import NotFinite, RowTrainer
-
     config = Config.model_validate(loop["config"])
     cache, rows = read_cache(config), config.training_rows()
     made = {name: Artifact(uri_of(config, name), KIND, identity) for name, identity in loop["identities"].items()}
-    # Rank 0's word, because another rank might look a moment later.
-    finished = [[name for name in rows if made[name].finished]]
-    dist.broadcast_object_list(finished)
+    finished = agreed(lambda: [name for name in rows if made[name].finished])
     for name, row in rows.items():
-        if name not in finished[0]:
+        if name not in finished:
             trainer = RowTrainer(
                 config,
                 name,
@@ -166,8 +163,6 @@ def _tell(news: Any, told: Any) -> None:
 
 def describe_noise(config: ConditioningConfig, family: Family) -> str:
     """What TimeNoise does over the training times, and whether that depends on time at all."""
-    from pipelines.trainer import conditioning_noise
-
     noise, process = conditioning_noise(config, family), family.process
     if not isinstance(noise, TimeNoise):
         return ""

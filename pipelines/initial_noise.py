@@ -17,7 +17,7 @@ from cil.initial_noise import Layout
 from cil.moments import Moments
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
-from pipelines.cache import AT_ONCE, Cache, opened, read_cache
+from pipelines.cache import Cache, opened, read_cache
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.models import counted_of, family_of, refuse_other_family
@@ -81,7 +81,7 @@ def _groups(config: Config, cache: Cache, noise: Artifact, index: pa.Table, chos
     make_parts(KIND, "clips", parts, MomentsMaker, {"config": config.model_dump(), "cache": cache.uri})
     sources = [uris.get(i, cache.path(cache.parts[i]["name"], "moments")) for i in range(total) if wanted[i]]
     merged: list[Moments] = []
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(storage.AT_ONCE) as pool:
         for i, moments in enumerate(pool.map(lambda uri: Moments.from_bytes(storage.read(uri)), sources)):
             if i < GROUPS:
                 merged.append(moments)

@@ -1,6 +1,8 @@
 """What a rank needs of memory under a DeepSpeed profile, and which profile that leads to.
 
-python -m pipelines.memory     # the table of docs/training.md: what each profile needs for the published networks
+    python -m pipelines.memory
+
+prints the table of docs/training.md: what each profile needs for the published networks.
 """
 
 from collections.abc import Iterable

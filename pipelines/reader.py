@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipelines import storage
-from pipelines.cache import AT_ONCE, Cache
+from pipelines.cache import Cache
 from pipelines.config import Score, Where
 from pipelines.errors import UserError
 
@@ -41,7 +41,7 @@ class ClipReader:
         )
         self._frame = self.index["frame"].to_numpy()[self.rows]
         self._files: OrderedDict[int, int] = OrderedDict()
-        self._pool = ThreadPoolExecutor(AT_ONCE)
+        self._pool = ThreadPoolExecutor(storage.AT_ONCE)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,7 +77,7 @@ class ClipReader:
             batches = iter(batches)
             first = list(itertools.islice(batches, 1))
             requests = sum(len(numbers) for numbers in first) * len(self._parts[self._part[0]]["tensors"])
-            threads = depth = max(depth, math.ceil(AT_ONCE / max(requests, 1)) + 1)
+            threads = depth = max(depth, math.ceil(storage.AT_ONCE / max(requests, 1)) + 1)
             batches = itertools.chain(first, batches)
         with ThreadPoolExecutor(threads) as pool:
             waiting: deque[Future[dict[str, Tensor]]] = deque()

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipelines import storage
+
 WEIGHTS, AVERAGE = "weights", "average"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-AT_ONCE = 16  # requests to a store
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Shards:
         self._counts = "AdamW" not in type(self._optimizer).__name__  # DeepSpeed's for CPUs has an int, not a tensor
         self._make_moments()
         self.ranges = list(self._found())
-        self._decay: list[tuple[Tensor, Tensor]] = [(r.tensors[AVERAGE], r.tensors[WEIGHTS]) for r in self.ranges]
+        self._averages, self._weights = ([r.tensors[kind] for r in self.ranges] for kind in (AVERAGE, WEIGHTS))
 
     @torch.no_grad()
     def average(self, decay: float) -> None:
-        averages, weights = zip(*self._decay, strict=True) if self._decay else ((), ())
-        torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
+        if self.ranges:  # of a small network a rank may hold nothing
+            torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
 
     def restore(self, read: Callable[[str, str, int, int], Tensor], steps: int) -> None:
         """`read(kind, name, start, stop)`. The network itself must have been made with these weights already."""
@@ -54,7 +55,7 @@ class Shards:
                 for kind, tensor in one.tensors.items():
                     tensor.copy_(read(kind, one.name, one.start, one.start + one.numel))
 
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(storage.AT_ONCE) as pool:
             list(pool.map(fill, self.ranges))
         self._count(steps)
 

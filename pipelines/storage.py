@@ -25,6 +25,7 @@ S3_LIMITS = {
     "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"},
     "max_pool_connections": 64,  # of a process, all its threads together; 10 by default
 }
+AT_ONCE = 16  # requests that keep a store busy
 PATIENCE = 8  # seconds after which what broke off is not asked for again: less than botocore takes for a dead endpoint
 
 T = TypeVar("T")

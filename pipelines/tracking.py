@@ -144,7 +144,7 @@ class Feed:
                     raise Unfinished(f"the tracking server cannot be reached ({self.problem})")
                 self._changed.wait(1)
 
-    def finished(self) -> None:
+    def finish(self) -> None:
         self._tell("finish")
 
     def _tell(self, what: str, *told: Any) -> None:

@@ -81,7 +81,7 @@ class RowTrainer:
 
     def begin(self) -> None:
         """The network, its optimiser and the position, as the last checkpoint has them."""
-        last = _agreed(checkpoints.found(self.folder)[-1:])
+        last = agreed(lambda: checkpoints.found(self.folder)[-1:])
         stored = Stored(last[0]) if last else None
         self.samples = 0  # clips seen, which is also the position in the stream
         self.steps = 0  # of the optimiser
@@ -89,7 +89,9 @@ class RowTrainer:
         net = trained_network(self.config, self.family, self.row, self.seed, stored)
         if self.settings.recompute:
             self.family.recompute(net)
-        whole = {name: p.detach().clone() for name, p in net.named_parameters()} if self.rounded(stored) else {}
+        trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+        rounds = stored is None and self.row.precision != "float32"
+        whole = {name: parameter.detach().clone() for name, parameter in trained.items()} if rounds else {}
         self.engine = zero.engine_of(net, self.profile, self.row, self.micro_batch, self.world)
         self.device = self.engine.device
         self.family.to(self.device)  # what is frozen: CLIP's tower looks at the image in each step
@@ -104,11 +106,8 @@ class RowTrainer:
             self.shards.begin_with(whole)
         self.saved, self.steps_before = self.samples, self.steps
         self.writer = checkpoints.Writer(self.folder, self.shards, self.settings.keep)
-        self.skipped = _agreed(_skipped(self.folder))
+        self.skipped = agreed(lambda: _skipped(self.folder))
         self.curve = Curve(self.device)
-
-    def rounded(self, stored: Stored | None) -> bool:
-        return stored is None and self.row.precision != "float32"
 
     def loop(self) -> None:
         row, every = self.row, self.settings
@@ -240,7 +239,7 @@ class RowTrainer:
         if self.run:
             stored = Stored(checkpoints.found(self.folder)[-1])
             self.run.register(f"{self.config.tracking.experiment}.{self.name}", self.made, stored.told)
-            self.run.finished()
+            self.run.finish()
             self.run.flush()  # before the row is finished: another run of the job would not come back to it
             write_stored(self.config, self.family, self.row, self.seed, stored, self.made)
 
@@ -293,9 +292,9 @@ def learning_rate(row: RowConfig, samples: int) -> float:
     return row.lr * shares[row.schedule]
 
 
-def _agreed(value: Any) -> Any:
-    """Rank 0's word, because another rank might look a moment later."""
-    said = [value]
+def agreed(look: Callable[[], Any]) -> Any:
+    """What rank 0 finds, because another rank might look a moment later."""
+    said = [look() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(said)
     return said[0]
 

@@ -4,12 +4,10 @@ at each of them (where leakage shows), and clips that it samples from the same n
 All ranks take part, each with its own clips. The conditional image is clean, as when sampling.
 """
 
-import io
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch import Tensor
 
 from cil import CleanCondition, Draws, InitialNoise, sample
@@ -18,7 +16,7 @@ from cil.metrics.motion import motion_score
 from pipelines.cache import Cache
 from pipelines.config import Config
 from pipelines.reader import ClipReader, SampleOrder
-from pipelines.video import encode
+from pipelines.video import encode, sheet
 
 TIMES = 10
 SEED = 0x0FF  # of keys of three numbers, where those of training have two
@@ -87,7 +85,4 @@ class Validation:
         if dist.get_rank():
             return {}
         clips = family.decode(latents).cpu()
-        looks = [0, family.frames // 2, family.frames - 1]
-        sheet = io.BytesIO()
-        Image.fromarray(torch.cat([torch.cat(list(clip[looks]), dim=1) for clip in clips]).numpy()).save(sheet, "PNG")
-        return {"sheet.png": sheet.getvalue()} | {f"{i}.mp4": encode(clip, FPS) for i, clip in enumerate(clips)}
+        return {"sheet.png": sheet(list(clips))} | {f"{i}.mp4": encode(clip, FPS) for i, clip in enumerate(clips)}

@@ -13,6 +13,7 @@ import av
 import numpy as np
 import torch
 from av.stream import Disposition
+from PIL import Image
 from torch import Tensor
 
 from cil.images import cover
@@ -215,6 +216,14 @@ def encode(frames: Tensor | np.ndarray, fps: int, crf: int = 10) -> bytes:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
     return target.getvalue()
+
+
+def sheet(clips: Sequence[Tensor]) -> bytes:
+    """A PNG: of each clip a row, with its first, middle and last frame."""
+    rows = [torch.cat([clip[0], clip[len(clip) // 2], clip[-1]], dim=1) for clip in clips]
+    picture = io.BytesIO()
+    Image.fromarray(torch.cat(rows).numpy()).save(picture, "PNG")
+    return picture.getvalue()
 
 
 def decode_all(data: bytes) -> Tensor:

@@ -65,7 +65,7 @@ class Watch:
         if self._feed:
             self._feed.tags(tags)
             self._feed.metrics(self._figures | counts, self._planned)
-            self._feed.finished()
+            self._feed.finish()
             self.pause()
 
     def pause(self) -> None:

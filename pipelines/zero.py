@@ -84,9 +84,9 @@ def engine_of(net: nn.Module, profile: Profile, row: RowConfig, micro_batch: int
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     told: dict[str, Any] = {"lr": row.lr, "weight_decay": row.weight_decay}
     if not gpu:
-        _load("ShareMemCommBuilder")
+        load_operator("ShareMemCommBuilder")
     if offloads(profile):
-        _load("CPUAdamBuilder")
+        load_operator("CPUAdamBuilder")
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         optimizer: Any = DeepSpeedCPUAdam(trained, **told)
@@ -96,7 +96,7 @@ def engine_of(net: nn.Module, profile: Profile, row: RowConfig, micro_batch: int
     return engine
 
 
-def _load(builder: str) -> None:
+def load_operator(builder: str) -> None:
     """An operator of DeepSpeed's, compiled where nobody has yet.
 
     PyTorch's lock is a file: a process that is killed with it leaves it behind, and all later ones wait for ever. Ours

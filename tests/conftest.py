@@ -1,10 +1,15 @@
 """What several tests start from: the smallest configuration, and one undisturbed run of it."""
 
+import logging
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import boto3
+import fsspec
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 
 from jobs import paper
 from pipelines.config import Config, load
@@ -33,3 +38,28 @@ def road(smallest: Callable[..., Config], tmp_path_factory: pytest.TempPathFacto
     config = smallest(tmp_path_factory.mktemp("road"))
     paper.run(config)
     return config
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An S3 server with an empty bucket `webvid`, which this process and its children find by the environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    settings = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "a-secret-nobody-may-see",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("kept")),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # they remember the endpoint of another module's tests
+        boto3.client("s3").create_bucket(Bucket="webvid")
+        yield url
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    urllib.request.urlopen(urllib.request.Request(f"{url}/moto-api/reset", method="POST")).close()
+    server.stop()

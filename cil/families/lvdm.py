@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cil.checkpoints import FRAME_STRIDE, compare, load_into, naming, read, renamed, select, write_lvdm
+from cil.checkpoints import FRAME_STRIDE, compare, load_into, naming, read, renamed, select, with_positions, write_lvdm
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
 from cil.families.base import Clip, Condition, Dropped, Options, Preset, image_latent, precision_of
 from cil.families.captions import CaptionedFamily
-from cil.families.sd_vae import seeded, with_positions
+from cil.families.sd_vae import seeded
 from cil.nets.autoencoder import Autoencoder
 from cil.nets.lvdm import TEXT_TOKENS, LVDMUNet, Resampler
 from cil.nets.openclip import ImageTower, TextTower, image_tokens, text_tokens

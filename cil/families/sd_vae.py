@@ -179,11 +179,3 @@ def seeded(seed: int, make: Callable[[], T]) -> T:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
-
-
-def with_positions(model: Any) -> Any:
-    """What no file holds of a CLIP model that was made on the meta device: the positions, which are counted up."""
-    for module in model.modules():
-        if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(module.position_ids.shape[-1], device="cpu")[None]
-    return model

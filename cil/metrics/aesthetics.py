@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from cil.checkpoints import State, digest, load_into, naming, read
-from cil.families.sd_vae import with_positions
+from cil.checkpoints import State, digest, load_into, naming, read, with_positions
 from cil.nets.openclip import clip_pixels
 
 LINEAR = ("",)  # sa_0_4_vit_l_14_linear.pth

@@ -1,7 +1,6 @@
 """A build of a latent cache that is disturbed goes on, or the same command does, to the same bytes."""
 
 import contextlib
-import logging
 import os
 import shutil
 import socket
@@ -17,7 +16,6 @@ import boto3
 import psutil
 import pytest
 from faulty_store import Fault, FaultyStore
-from moto.server import ThreadedMotoServer
 
 from pipelines.cache import read_cache
 from pipelines.card import orphans
@@ -180,38 +178,27 @@ def test_a_full_disk_is_said_in_one_line_and_with_room_the_build_goes_on(argumen
 
 
 @pytest.fixture(scope="module")
-def endpoint(road) -> Iterator[str]:
-    """An S3 server with the road's videos in it."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "key")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3 = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
-        s3.create_bucket(Bucket="faults")
-        logging.getLogger("werkzeug").setLevel(logging.WARNING)
-        shapes = Path(road.out, "shapes")
-        for file in shapes.rglob("*"):
-            if file.is_file():
-                s3.put_object(Bucket="faults", Key=str(file.relative_to(shapes)), Body=file.read_bytes())
-        yield f"http://127.0.0.1:{port}"
-    server.stop()
+def endpoint(endpoint, road) -> str:
+    """With the road's videos in it."""
+    s3, shapes = boto3.client("s3"), Path(road.out, "shapes")
+    for file in shapes.rglob("*"):
+        if file.is_file():
+            s3.put_object(Bucket="webvid", Key=str(file.relative_to(shapes)), Body=file.read_bytes())
+    return endpoint
 
 
 def stored(endpoint: str, prefix: str) -> dict[str, bytes]:
     s3 = boto3.client("s3", endpoint_url=endpoint)
-    pages = s3.get_paginator("list_objects_v2").paginate(Bucket="faults", Prefix=prefix)
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket="webvid", Prefix=prefix)
     keys = [found["Key"] for page in pages for found in page.get("Contents", ())]
     return {
-        key.removeprefix(prefix): s3.get_object(Bucket="faults", Key=key)["Body"].read()
+        key.removeprefix(prefix): s3.get_object(Bucket="webvid", Key=key)["Body"].read()
         for key in keys
         if not key.endswith(("config.json", "build.json"))
     }
 
 
-S3 = ("--config", "tests/smallest.yaml", "catalog.csv=s3://faults/videos.csv", "catalog.videos=s3://faults/videos")
+S3 = ("--config", "tests/smallest.yaml", "catalog.csv=s3://webvid/videos.csv", "catalog.videos=s3://webvid/videos")
 
 
 def test_a_store_that_fails_now_and_then_costs_nothing_and_what_always_fails_is_tried_by_the_next_run(
@@ -231,7 +218,7 @@ def test_a_store_that_fails_now_and_then_costs_nothing_and_what_always_fails_is_
         return ("500", "503", "reset")[number % 3]
 
     store = FaultyStore(endpoint, fault)
-    out = "out=s3://faults/out"
+    out = "out=s3://webvid/out"
     first = run("build_cache", *S3, out, AWS_ENDPOINT_URL=store.url, XDG_CACHE_HOME=str(tmp_path))
     store.close()
     assert store.faults.keys() == {"none", "500", "503", "reset", "broken", "stalled"}
@@ -276,10 +263,10 @@ SECONDS = 20
 
 def test_a_catalog_at_an_endpoint_that_never_answers_is_one_line_in_20_seconds(arguments, endpoint, silent, tmp_path):
     place = {"AWS_ENDPOINT_URL": silent.url, "XDG_CACHE_HOME": str(tmp_path)}
-    done = run("build_cache", *arguments, "catalog.csv=s3://faults/videos.csv", **place)
+    done = run("build_cache", *arguments, "catalog.csv=s3://webvid/videos.csv", **place)
     assert time.monotonic() - silent.asked[0][0] < SECONDS
     assert done.returncode == 1
-    assert "catalog.csv=s3://faults/videos.csv" in one_line(done.stderr)
+    assert "catalog.csv=s3://webvid/videos.csv" in one_line(done.stderr)
     assert silent.url in done.stderr
     assert len(silent.asked) > 1  # tried again
 
@@ -288,7 +275,7 @@ def test_videos_at_an_endpoint_that_never_answers_are_told_in_20_seconds_and_end
     arguments, endpoint, silent, tmp_path
 ):
     place = {"AWS_ENDPOINT_URL": silent.url, "XDG_CACHE_HOME": str(tmp_path)}
-    with begun("build_cache", *arguments, "catalog.limit=40", "catalog.videos=s3://faults/videos", **place) as build:
+    with begun("build_cache", *arguments, "catalog.limit=40", "catalog.videos=s3://webvid/videos", **place) as build:
         said = ""
         while "tried again by the next run" not in said:
             said = build.stdout.readline()

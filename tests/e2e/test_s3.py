@@ -9,10 +9,8 @@ import sys
 import tarfile
 from pathlib import Path
 
-import boto3
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from cil import InitialNoise
 from pipelines import storage
@@ -27,26 +25,6 @@ from pipelines.reader import ClipReader
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory):
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "a-secret-nobody-may-see",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("kept")),
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        boto3.client("s3", endpoint_url=settings["AWS_ENDPOINT_URL"]).create_bucket(Bucket="webvid")
-        yield settings["AWS_ENDPOINT_URL"]
-    server.stop()
 
 
 def job(name: str, *arguments: str) -> subprocess.CompletedProcess:

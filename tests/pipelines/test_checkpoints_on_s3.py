@@ -1,13 +1,10 @@
 """A training whose cache, checkpoints and weights are on S3, on real ranks; interrupted, and one that S3 fails."""
 
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import boto3
 import pytest
 from faulty_store import FaultyStore
-from moto.server import ThreadedMotoServer
 from ranks import Interrupted, attempts, train
 
 from pipelines import checkpoints, storage
@@ -20,26 +17,6 @@ ROW = (
     *("finetune.checkpoint_every=8", "finetune.keep=2"),
 )
 BROKEN = re.compile(r"^PUT /webvid/broken/training/base-\w+/000000016/rank-1-of-2\.safetensors")
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory) -> Iterator[str]:
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("kept")),
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        boto3.client("s3", endpoint_url=settings["AWS_ENDPOINT_URL"]).create_bucket(Bucket="webvid")
-        yield settings["AWS_ENDPOINT_URL"]
-    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -124,4 +101,3 @@ def test_old_checkpoints_are_removed_from_s3(configs, again):
     for name in ("interrupted", "broken"):
         there = {file.split("/")[0] for file in storage.files_below(folder_of(configs[name]))}
         assert there == {"000000016", "000000024"}
-    assert os.environ["AWS_SECRET_ACCESS_KEY"] == "secret"

@@ -11,6 +11,7 @@ import pytest
 from pipelines import storage
 from pipelines.cache import build_cache, opened, part_names, read_cache
 from pipelines.errors import Unfinished, UserError
+from pipelines.finetune import finetune
 from pipelines.reader import ClipReader
 
 
@@ -109,6 +110,17 @@ def test_a_longer_catalog_adds_parts_and_a_snapshot_and_the_first_stays_as_it_is
         mine, theirs = first.batch([i]), new.batch([known[first.known(i)["clip_id"]]])
         assert (mine["latents"] == theirs["latents"]).all()
     assert f"{ids['g0']}:1" in known
+
+
+def test_workers_train_from_the_snapshot_their_job_began_with(built, settings, here, cache, monkeypatch):
+    told = []
+    monkeypatch.setattr("pipelines.cluster.refuse_unplaceable", lambda *_: None)
+    monkeypatch.setattr("pipelines.cluster._nodes", dict)
+    monkeypatch.setattr("pipelines.finetune._fit", lambda config, *_: told.append(config))
+    with pytest.raises(UserError, match="weights.* is unfinished"):  # nobody has trained
+        finetune(settings(built, "finetune.gpu=false"))
+    build_cache(settings(built, csv="longer"))
+    assert read_cache(told[0]).manifest == cache.manifest != read_cache(settings(built)).manifest
 
 
 def test_the_first_catalog_again_makes_its_snapshot_the_latest(built, settings, here, cache):

@@ -1,7 +1,9 @@
 import json
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from mlflow import MlflowClient
 
 from pipelines.artifact import Artifact
 from pipelines.config import load
-from pipelines.tracking import Run, runs, store_uri
+from pipelines.errors import UserError
+from pipelines.tracking import Feed, Run, refuse_unreachable, runs, store_uri
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,37 @@ def test_nested_parameters_are_logged_under_dotted_names(config):
     run = Run(config, "row", "train", "print-5")
     run.parameters({"row": {"conditioning": {"kind": "timenoise"}}})
     assert MlflowClient(store_uri(config)).get_run(run.id).data.params == {"row.conditioning.kind": "timenoise"}
+
+
+def test_what_will_never_be_taken_is_left_out_and_the_rest_is_told(config, capsys):
+    feed = Feed(config, "row", "train", "print-9")
+    feed.parameters({"lr": 1})
+    feed.parameters({"lr": 2})  # a parameter has one value
+    feed.metrics({"loss": 1.0}, 8)
+    feed.flush(patience=60)
+    assert points(config, Run(config, "row", "train", "print-9"), "loss") == [(8, 1.0)]
+    assert "tracking: parameters is left out: " in capsys.readouterr().out
+
+
+def test_a_server_that_is_none_of_mlflows_is_told_in_seconds():
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        do_POST = do_GET
+
+        def log_message(self, *told: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Other)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    uri, begin = f"http://127.0.0.1:{server.server_port}", time.monotonic()
+    with pytest.raises(UserError, match=rf"^tracking\.uri={uri}: .*404.*") as error:
+        refuse_unreachable(load(None, [f"tracking.uri={uri}"]))
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - begin < 20
+    server.shutdown()
+    server.server_close()
 
 
 def test_the_store_stands_beside_the_artifacts_unless_a_server_is_named(tmp_path):

@@ -52,6 +52,7 @@ JOBS = {
     "best": ("zero-1", *VALIDATED, "finetune.validate_every=8", "finetune.keep=1", "finetune.row.lr=0.3"),
     "low": ("zero-1", "finetune.row.precision=bfloat16", *VALIDATED),
     "low plain": ("zero-1", "finetune.row.precision=bfloat16"),
+    "low and still": ("zero-1", "finetune.row.precision=bfloat16", "finetune.row.lr=1e-30", "finetune.row.samples=8"),
 } | {f"{trained}": ("zero-2", f"finetune.row.train={trained}", "finetune.row.rank=3") for trained in TRAINED}
 
 
@@ -115,6 +116,14 @@ def test_looking_at_held_out_clips_changes_no_bit_of_the_training(trained, plain
     assert furthest(trained[plain], trained[looked]) == 0
     losses = [curves(trained[name])["loss"] for name in (plain, looked)]
     assert losses[0] == losses[1]
+
+
+def test_in_bfloat16_a_training_begins_with_the_weights_as_they_are(trained, begin):
+    began = safetensors.torch.load_file(begin)
+    assert any((tensor != tensor.bfloat16()).any() for tensor in began.values())
+    for kind in ("raw", "ema"):
+        for name, tensor in weights(trained["low and still"], kind).items():
+            torch.testing.assert_close(tensor, began[name], rtol=0, atol=1e-28)
 
 
 def test_every_look_is_a_point_of_each_figure_and_zero_3_sees_the_same(trained):
