@@ -117,7 +117,7 @@ def test_workers_train_from_the_snapshot_their_job_began_with(built, settings, h
     monkeypatch.setattr("pipelines.cluster.refuse_unplaceable", lambda *_: None)
     monkeypatch.setattr("pipelines.cluster._nodes", dict)
     monkeypatch.setattr("pipelines.finetune._fit", lambda config, *_: told.append(config))
-    with pytest.raises(UserError, match="weights.* is unfinished"):  # nobody has trained
+    with pytest.raises(UserError, match=r"weights.* is unfinished"):  # nobody has trained
         finetune(settings(built, "finetune.gpu=false"))
     build_cache(settings(built, csv="longer"))
     assert read_cache(told[0]).manifest == cache.manifest != read_cache(settings(built)).manifest
