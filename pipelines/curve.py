@@ -1,11 +1,18 @@
-"""The training loss between two points of the curve, in all and by bucket of t, where leakage can be seen."""
+"""A training between two points of its curve: its pace, and the loss by bucket of t, where leakage can be seen.
+
+`tflops` is what the network's weights ask of a rank each second, as if all were trained and nothing computed twice;
+MFU is its share of what the GPU can do in 16 bits.
+"""
 
 import resource
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from cil.flops import BACKWARD, peak_of
 
 BUCKETS = 10
 
@@ -13,8 +20,9 @@ BUCKETS = 10
 class Curve:
     """Means since the last point, over all ranks."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, flops: Callable[[], float]) -> None:
+        """`flops`: of a sample's forward pass."""
+        self.device, self.peak, self.flops = device, peak_of(device), flops
         self._clear()
 
     def _clear(self) -> None:
@@ -42,6 +50,10 @@ class Curve:
             "samples_per_second": float(count.sum()) / seconds,
             "data_wait": self.waited / seconds,
         }
+        flops = self.flops() * (1 + BACKWARD) * values["samples_per_second"] / dist.get_world_size()
+        values["tflops"] = flops / 1e12
+        if self.peak:
+            values["mfu"] = flops / self.peak
         memory: list[float] = [0.0] * dist.get_world_size()
         dist.all_gather_object(memory, _gib(self.device))
         values |= {f"memory_gib_rank{rank}": gib for rank, gib in enumerate(memory)}

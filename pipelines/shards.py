@@ -123,6 +123,13 @@ class Shards:
         for flat in self._flats():
             state = self._optimizer.state[flat]
             state["step"] = steps if self._counts else torch.full_like(state["step"], steps)
+        if self._counts:
+            # Its powers of the betas are products of one factor a step: raised at once they would be rounded otherwise.
+            (group, *_), nothing = self._optimizer.param_groups, [torch.zeros(1) for _ in range(4)]
+            for step in range(1, steps + 1):
+                self._optimizer.ds_opt_adam.adam_update(
+                    self._optimizer.opt_id, step, 0.0, *group["betas"], 1.0, 0.0, True, *nothing
+                )
 
     def _flats(self) -> list[Tensor]:
         """What the optimiser believes to be its parameters."""

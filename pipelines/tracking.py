@@ -184,6 +184,28 @@ class Feed:
             self._changed.notify_all()
 
 
+class SystemMetrics:
+    """MLflow's own, of this machine, but at the points of a training's curve: told by a Feed, none of them is lost."""
+
+    def __init__(self) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self._monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(ImportError, RuntimeError):  # there is no GPU here
+            self._monitors.append(GPUMonitor())
+
+    def take(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        return values
+
+
 def _be_brief() -> None:
     """Else one call of MLflow's client may take a quarter of an hour to fail."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

@@ -18,6 +18,7 @@ from torch import Tensor
 from cil import CDM, CleanCondition, ConstantNoise, Draws, Drops, Objective, TimeNoise
 from cil.conditioning import ConditioningNoise
 from cil.families import Family
+from cil.flops import of_next_call
 from pipelines import checkpoints, storage, zero
 from pipelines.artifact import Artifact, commit, versions
 from pipelines.cache import Cache
@@ -28,7 +29,7 @@ from pipelines.errors import UserError
 from pipelines.models import counted_of, family_of
 from pipelines.reader import BalancedOrder, ClipReader, SampleOrder, lanes
 from pipelines.shards import Shards
-from pipelines.tracking import Feed
+from pipelines.tracking import Feed, SystemMetrics
 from pipelines.validation import Validation
 from pipelines.weights import trained_network, write_stored
 
@@ -64,6 +65,7 @@ class RowTrainer:
         self.micro_batch = self.settings.micro_batch or self.row.batch // self.world
         self.validation = Validation(config, self.family, cache) if self.settings.validate_every else None
         self.run = self.open_run() if self.rank == 0 else None
+        self.system = SystemMetrics()
         self.left = False
 
     def train(self) -> None:
@@ -107,7 +109,8 @@ class RowTrainer:
         self.saved, self.steps_before = self.samples, self.steps
         self.writer = checkpoints.Writer(self.folder, self.shards, self.settings.keep)
         self.skipped = agreed(lambda: _skipped(self.folder))
-        self.curve = Curve(self.device)
+        flops = of_next_call(self.engine.module)
+        self.curve = Curve(self.device, lambda: flops() / self.micro_batch)
 
     def loop(self) -> None:
         row, every = self.row, self.settings
@@ -188,7 +191,7 @@ class RowTrainer:
         values["lr"] = learning_rate(self.row, self.samples - self.row.batch)
         values["skipped_batches"] = float(len(self.skipped))
         if self.run:
-            self.run.metrics(values, self.samples)
+            self.run.metrics(values | self.system.take(), self.samples)
             self.news(self.name, self.samples, self.row.samples, values["loss"])
 
     def validate(self) -> None:
@@ -228,6 +231,7 @@ class RowTrainer:
             "shapes": zero.shapes_of(self.engine.module),
             "world": self.world,
             "deepspeed": self.profile,
+            "config": self.config.model_dump(mode="json"),
             "unsent": self.run.unsent() if self.run else [],
         }
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import asdict
 
+import pytest
+
 from pipelines import storage
 from pipelines.decoding import Decoded
 from pipelines.parts import _PartWriter
@@ -62,3 +64,14 @@ class DecodeHere:
             except Exception as error:
                 future.set_exception(error)
             yield future
+
+
+def instead_of_ray(monkeypatch: pytest.MonkeyPatch) -> Here:
+    ours = Here()
+    monkeypatch.setattr("pipelines.clips.DecodePool", DecodeHere)
+    monkeypatch.setattr("ray.put", lambda value: value)
+    monkeypatch.setattr("pipelines.cluster.connect", lambda: None)
+    monkeypatch.setattr("pipelines.cluster.refuse_unseen", lambda files: None)
+    for module in ("cache", "initial_noise"):
+        monkeypatch.setattr(f"pipelines.{module}.make_parts", ours.make_parts)
+    return ours

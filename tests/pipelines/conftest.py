@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from in_process import DecodeHere, Here
+from in_process import Here, instead_of_ray
 
 from pipelines.cache import Cache, build_cache
 from pipelines.config import Config, load
@@ -43,18 +43,7 @@ LONGER = {"g0": ("train", ""), "g1": ("test", "")}
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Here:
-    return _instead_of_ray(monkeypatch)
-
-
-def _instead_of_ray(monkeypatch: pytest.MonkeyPatch) -> Here:
-    ours = Here()
-    monkeypatch.setattr("pipelines.clips.DecodePool", DecodeHere)
-    monkeypatch.setattr("ray.put", lambda value: value)
-    monkeypatch.setattr("pipelines.cluster.connect", lambda: None)
-    monkeypatch.setattr("pipelines.cluster.refuse_unseen", lambda files: None)
-    for module in ("cache", "initial_noise"):
-        monkeypatch.setattr(f"pipelines.{module}.make_parts", ours.make_parts)
-    return ours
+    return instead_of_ray(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +86,7 @@ def settings(videos: Path) -> Callable[..., Config]:
 def _built(settings: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("built")
     with pytest.MonkeyPatch.context() as patched:
-        _instead_of_ray(patched)
+        instead_of_ray(patched)
         build_cache(settings(out))
     return out
 

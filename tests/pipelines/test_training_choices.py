@@ -13,8 +13,10 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 from ranks import attempts
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from cil import CleanCondition, families
+from cil import CleanCondition, Draws, Objective, families
 from cil.trainable import freeze, merged
 from pipelines import checkpoints
 from pipelines.cache import read_cache
@@ -136,6 +138,19 @@ def test_every_look_is_a_point_of_each_figure_and_zero_3_sees_the_same(trained):
     assert {tuple(step for step, _ in curve) for curve in found.values()} == {(16, 32)}
     for name in found.keys() - {"validation/seconds"}:
         assert others[name] == [(step, pytest.approx(value, abs=1e-3)) for step, value in found[name]], name
+
+
+@pytest.mark.parametrize(("job", "together"), [("plain", 4), ("plain-3", 4), ("in parts", 2), ("low", 4)])
+def test_the_arithmetic_of_a_rank_and_its_machine_are_points_of_the_curve(trained, job, together):
+    found, family = curves(trained[job]), families.load("toy", frames=2, height=16, width=16)
+    batch = family.encode(torch.zeros(together, 2, 16, 16, 3, dtype=torch.uint8))
+    net, counter = family.network(0), FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # attention as plain products
+        Objective()(family, net, batch, Draws([(0, k) for k in range(together)]))
+    for (_, tflops), (_, rate) in zip(found["tflops"], found["samples_per_second"], strict=True):
+        assert tflops * 1e12 == pytest.approx(rate / 2 * 3 * counter.get_total_flops() / together)
+    assert [step for step, _ in found["system/cpu_utilization_percentage"]] == [8, 16, 24, 32]
+    assert "mfu" not in found  # of a CPU nobody says what it can do
 
 
 def test_sampled_clips_are_files_to_look_at(trained):

@@ -210,7 +210,7 @@ def test_a_lock_that_a_killed_process_left_on_an_operator_stops_nobody(tmp_path)
     built = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
     shutil.copytree(built, tmp_path / built.name)
     (tmp_path / built.name / "lock").touch()
-    load = "from pipelines import zero; zero.prepare(gpu=False); zero._load('ShareMemCommBuilder')"
+    load = "from pipelines import zero; zero.prepare(gpu=False); zero.load_operator('ShareMemCommBuilder')"
     subprocess.run(
         [sys.executable, "-c", load], env=os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}, check=True, timeout=120
     )
