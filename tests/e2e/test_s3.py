@@ -288,6 +288,18 @@ def test_a_cache_and_its_initial_noise_on_s3_are_those_of_a_disk(endpoint, road,
     again = job("build_cache", *where)
     assert "nothing to do" in again.stdout
 
+    base = road.finetune.rows["base"]
+    done = job(
+        "finetune",
+        *where,
+        *(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "generate.rows={}", "compare.claims=[]"),
+        f"finetune.rows={json.dumps({'base': base})}",
+    )
+    assert done.returncode == 0, done.stderr
+    for kind in ("raw", "ema"):
+        file = f"weights/base/{kind}/toy.safetensors"
+        assert storage.read(f"s3://webvid/out/{file}") == Path(road.out, file).read_bytes()
+
 
 def test_a_store_that_cannot_be_shared_is_refused_with_artifacts_on_s3(endpoint):
     done = job("finetune", "out=s3://webvid/out")
