@@ -18,8 +18,9 @@ from pipelines.errors import Unfinished, UserError
 from pipelines.models import counted_of, family_of
 from pipelines.progress import Progress
 from pipelines.reader import ClipReader
+from pipelines.rows import conditioning_noise
 from pipelines.tracking import refuse_unreachable, store_uri
-from pipelines.trainer import NotFinite, RowTrainer, agreed, conditioning_noise
+from pipelines.trainer import NotFinite, RowTrainer, agreed
 from pipelines.weights import KIND, plan_weights, uri_of
 
 PATIENCE = 7200  # seconds that ranks wait for rank 0, which exports, and waits for a tracking server that has gone

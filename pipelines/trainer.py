@@ -15,19 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cil import CDM, CleanCondition, ConstantNoise, Draws, Drops, Objective, TimeNoise
-from cil.conditioning import ConditioningNoise
-from cil.families import Family
+from cil import Draws
 from cil.flops import of_next_call
 from pipelines import checkpoints, storage, zero
 from pipelines.artifact import Artifact, commit, versions
 from pipelines.cache import Cache
 from pipelines.checkpoints import Stored, training_of
-from pipelines.config import ConditioningConfig, Config, RowConfig, TrainingRow
+from pipelines.config import Config, TrainingRow
 from pipelines.curve import Curve
 from pipelines.errors import UserError
-from pipelines.models import counted_of, family_of
-from pipelines.reader import BalancedOrder, ClipReader, SampleOrder, lanes
+from pipelines.models import family_of
+from pipelines.reader import ClipReader, lanes
+from pipelines.rows import learning_rate, objective_of, order_of
 from pipelines.shards import Shards
 from pipelines.tracking import Feed, SystemMetrics
 from pipelines.validation import Validation
@@ -261,39 +260,6 @@ class RowTrainer:
         run.tags(tags | {"cache": self.cache.fingerprint, "code": self.made.identity["code"]} | commit() | versions())
         run.file("config.json", self.config.model_dump_json(indent=1).encode())
         return run
-
-
-def objective_of(config: Config, family: Family, row: RowConfig) -> Objective:
-    counted = counted_of(config, family) if row.unmarked else None
-    return Objective(conditioning_noise(row.conditioning, family), Drops(**row.drop.model_dump()), counted)
-
-
-def order_of(clips: ClipReader, row: RowConfig, seed: int) -> SampleOrder | BalancedOrder:
-    return BalancedOrder(clips.values(row.balance), seed) if row.balance else SampleOrder(len(clips), seed)
-
-
-def conditioning_noise(config: ConditioningConfig, family: Family) -> ConditioningNoise:
-    if config.kind == "none":
-        return CleanCondition()
-    told = config.filled(family.timenoise)
-    assert told.beta_m is not None
-    assert told.a is not None
-    timenoise = TimeNoise(told.beta_m, told.a)
-    if config.kind == "timenoise":
-        return timenoise
-    level = config.level
-    if config.kind == "constant":
-        return ConstantNoise(timenoise.mean_level() if level is None else level)
-    return CDM(2 * timenoise.mean_level() if level is None else level)
-
-
-def learning_rate(row: RowConfig, samples: int) -> float:
-    """Rises over the warm-up, then falls to 0 at the end, or does not."""
-    if samples < row.warmup:
-        return row.lr * (samples + row.batch) / row.warmup
-    gone = (samples - row.warmup) / max(row.samples - row.warmup, 1)
-    shares = {"cosine": 0.5 * (1 + math.cos(math.pi * gone)), "linear": 1 - gone, "constant": 1.0}
-    return row.lr * shares[row.schedule]
 
 
 def agreed(look: Callable[[], Any]) -> Any:

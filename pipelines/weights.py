@@ -23,7 +23,7 @@ from pipelines.shards import AVERAGE, WEIGHTS
 
 KIND = "weights"
 CODE = (
-    *("pipelines.trainer", "pipelines.shards", "pipelines.zero", "pipelines.reader"),
+    *("pipelines.trainer", "pipelines.rows", "pipelines.shards", "pipelines.zero", "pipelines.reader"),
     *("cil.objectives", "cil.conditioning", "cil.processes", "cil.draws", "cil.moments", "cil.trainable"),
 )
 KINDS = {True: "ema", False: "raw"}  # subfolders, by whether weights are averaged

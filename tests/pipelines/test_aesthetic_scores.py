@@ -16,7 +16,7 @@ from pipelines.finetune import finetune
 from pipelines.generate import choose
 from pipelines.initial_noise import make_initial_noise, read_initial_noise
 from pipelines.reader import BalancedOrder, ClipReader
-from pipelines.trainer import order_of
+from pipelines.rows import order_of
 from pipelines.video import PyAVDecoder
 
 

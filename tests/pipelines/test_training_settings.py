@@ -12,7 +12,7 @@ from pipelines.config import load as configured
 from pipelines.errors import UserError
 from pipelines.finetune import choose_profile, describe_noise, finetune
 from pipelines.models import family_of
-from pipelines.trainer import conditioning_noise, learning_rate
+from pipelines.rows import conditioning_noise, learning_rate
 from pipelines.weights import plan_weights
 
 TOY = load("toy")
