@@ -18,6 +18,7 @@ from pipelines.errors import UserError
 
 SCHEMA_VERSION = 1
 SOFTWARE = ("torch", "numpy", "ray", "av", "deepspeed", "pyarrow", "diffusers", "transformers")
+ELSEWHERE = {"initial noise": "initial_noise.name"}  # what gives an artifact another place, if not `out`
 
 Identity = dict[str, Any]
 
@@ -93,7 +94,7 @@ class Artifact:
             why = f"it is a {found['kind']}, not a {self.kind}"
         raise UserError(
             f"{self.uri} was made with another configuration ({why or 'another schema'}). "
-            "Set another `out`, or remove that folder"
+            f"Set another {ELSEWHERE.get(self.kind, '`out`')}, or remove that folder"
         )
 
 

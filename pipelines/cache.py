@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,8 @@ from pipelines.watch import Watch
 KIND, SNAPSHOT = "latent cache", "snapshot"
 LATEST = "latest.json"
 INDEX, PLAN, REJECTS = "index.arrow", "plan.arrow", "rejects.jsonl"
-FIRST = 1000  # videos among which one that is there is looked for
+FIRST = 200  # videos among which one that is there is looked for
+FEW = 10  # of which none need be
 CODE = (
     *("pipelines.clips", "pipelines.views", "pipelines.video", "pipelines.decoding"),
     *("pipelines.catalog", "pipelines.tars", "cil.images", "cil.moments", "cil.draws"),
@@ -136,8 +136,10 @@ def encoding_of(config: Config, family: Family) -> Identity:
 
 def _latest(folder: str, name: str) -> Cache:
     """What later jobs use unless they are told otherwise."""
-    if _latest_name(folder) != name:
+    if (before := _latest_name(folder)) != name:
         storage.write(storage.join(folder, LATEST), json.dumps({"snapshot": name}).encode())
+        if before:
+            print(f"{KIND}: later jobs use snapshot {name} now; cache.snapshot={before} is the one before it")
     return Cache(folder, artifact.read_manifest(storage.join(folder, "snapshots", name), SNAPSHOT))
 
 
@@ -255,24 +257,43 @@ def _make(config: Config, folder: Artifact, catalog: Catalog, plan: pa.Table, wa
         )
         for name, start, stop in zip(names, ends, ends[1:], strict=False)
     ]
-    if all(f"{name}.index" in there for name in names):
+    missing = np.array([f"{name}.index" not in there for name in names])
+    if not missing.any():
         return []
+    examples = some_of(catalog, np.flatnonzero(missing[part]))
     cluster.connect()
-    cluster.refuse_unseen(_examples(catalog))  # on a node that does not see a video it would be missing for ever
+    cluster.refuse_unseen(examples)  # on a node that does not see a video it would be missing for ever
+    watch.begin()
     rows = ray.put(replace(catalog, table=catalog.table.take(order)))
     arguments = {"config": config.model_dump(), "folder": folder.path("parts"), "catalog": rows}
     return make_parts("cache", "clips", parts, PartMaker, arguments, config.cache.gpus, watch)
 
 
-def _examples(catalog: Catalog) -> Iterable[str]:
-    """Of each local folder of videos one that is there, if one of the first is."""
+def some_of(catalog: Catalog, rows: np.ndarray) -> list[str]:
+    """Of each local folder of videos one of these rows that is there; refuses a root that has none of the first ones.
+
+    What is missing stays missing, so that a folder which is misspelt or not mounted would be found out too late.
+    """
+    found, table = [], catalog.table.take(rows)
     for number, root in enumerate(catalog.roots):
-        first = replace(catalog, table=catalog.table.filter(pc.equal(catalog.table["root"], number)).slice(0, FIRST))
-        for folder in filter(storage.is_local, root.folders):
-            sources = (source for video in first.videos(0, FIRST) for source in video.sources)
-            below = f"{folder.rstrip('/')}/"
-            found = (source for source in sources if source.startswith(below) and storage.exists(source))
-            yield from islice(found, 1)
+        own = replace(catalog, table=table.filter(pc.equal(table["root"], number)))
+        sources = [video.sources for video in own.videos(0, FIRST) if video.sources]
+        local, remote = ([each for each in root.folders if storage.is_local(each) == kind] for kind in (True, False))
+        there = [first for folder in local if (first := _first_below(folder, sources))]
+        many = len(sources) >= FEW or (sources and len(own) == len(catalog))
+        if many and not there and not any(_first_below(folder, sources) for folder in remote):
+            raise UserError(
+                f"none of {len(sources)} videos of {catalog.source} that were looked for is there, such as "
+                f"{' or '.join(sources[0])}: is the place right (catalog.videos), and mounted?"
+            )
+        found += there
+    return found
+
+
+def _first_below(folder: str, sources: list[tuple[str, ...]]) -> str | None:
+    below = f"{folder.rstrip('/')}/"
+    named = (source for each in sources for source in each if source.startswith(below))
+    return next(filter(storage.exists, named), None)
 
 
 def _finish(folder: Artifact, snapshot: Artifact, plan: pa.Table, views: int) -> None:
@@ -281,10 +302,10 @@ def _finish(folder: Artifact, snapshot: Artifact, plan: pa.Table, views: int) ->
     videos = np.bincount(plan["part"].to_numpy(), minlength=len(names))
     parts, tables, rejects = [], [], []
     uris = (folder.path("parts", f"{name}.index") for name in names)
-    for number, (name, table) in enumerate(zip(names, tables_of(uris), strict=True)):
+    for number, (name, (digest, table)) in enumerate(zip(names, tables_of(uris), strict=True)):
         said = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
         rejects += json.loads(said["rejects"])
-        digests = {key: said[key] for key in ("sha256", "moments_sha256")}
+        digests = {"index_sha256": digest} | {key: said[key] for key in ("sha256", "moments_sha256")}
         counted = {"clips": len(table), "videos": int(videos[number]), "bytes": int(said["bytes"])}
         parts.append({"name": name, **digests, **counted, "tensors": json.loads(said["tensors"])})
         numbered = {
@@ -301,11 +322,14 @@ def _finish(folder: Artifact, snapshot: Artifact, plan: pa.Table, views: int) ->
     clips, rejected = len(index), sum(reject["clips"] for reject in rejects)
     if clips + rejected != planned:
         raise AssertionError(f"{snapshot.uri}: {planned} clips planned, but {clips} made and {rejected} rejected")
-    storage.write(snapshot.path(INDEX), to_ipc(index))
-    storage.write_rows(snapshot.path(REJECTS), rejects)
+    files: dict[str, bytes | bytearray] = {INDEX: to_ipc(index), REJECTS: storage.to_rows(rejects)}
+    for name, data in files.items():
+        storage.write(snapshot.path(name), data)
+    files[PLAN] = storage.read(snapshot.path(PLAN))
     counts = {"planned": planned, "clips": clips, "rejected": rejected, "rejected_videos": len(rejects)}
     counts["bytes"] = sum(part["bytes"] for part in parts)
-    snapshot.finish(counts, parts=parts)
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    snapshot.finish(counts, parts=parts, files=digests)
     shown = ", ".join(f"{n} {reason}" for reason, n in Counter(r["reason"] for r in rejects).most_common())
     print(
         f"{KIND}: {clips} clips in {len(parts)} parts; {len(rejects)} videos rejected{f' ({shown})' if shown else ''}"
@@ -330,10 +354,10 @@ def _split_together(index: pa.Table) -> pa.Array:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def tables_of(uris: Iterable[str]) -> Iterable[pa.Table]:
-    """In order, several read at once."""
+def tables_of(uris: Iterable[str]) -> Iterable[tuple[str, pa.Table]]:
+    """With the digests of their files; in order, several read at once."""
     with ThreadPoolExecutor(storage.AT_ONCE) as pool:
-        yield from pool.map(_table, uris)
+        yield from pool.map(lambda uri: (hashlib.sha256(storage.read(uri)).hexdigest(), _table(uri)), uris)
 
 
 def _table(uri: str) -> pa.Table:

@@ -28,14 +28,15 @@ BARS = "·▁▂▃▄▅▆▇█"  # none, and few to as many as any
 
 def show_cache(config: Config) -> None:
     cache = read_cache(config)
-    print(card(cache))
     if config.show_cache.verify:
-        verify(config, cache)  # first: pictures of damaged parts cannot be made
+        verify(config, cache)  # first: nothing can be said of a damaged one
+    print(card(cache))
     sheet = storage.join(config.out, "cache_card.png")
     storage.write(sheet, contact_sheet(config, cache))
     print(f"\npictures: {sheet} (the first, middle and last frame of clips as they come back, and last E[X0])")
     if unneeded := orphans(cache.uri):
-        size = f"{len(unneeded)} files that no snapshot cites, {unneeded[0]} the first"
+        print("", *unneeded, sep="\n")
+        size = f"these {len(unneeded)} files, which no snapshot cites"
         if config.show_cache.sweep:
             for uri in unneeded:
                 storage.remove(uri)
@@ -79,7 +80,8 @@ def _built(cache: Cache) -> list[str]:
         return []
     told = json.loads(storage.read(uri))
     busy = ", ".join(f"{name} {told[f'{name}_busy']:.0%}" for name in ("decoding", "encoding"))
-    return [f"  built       in {clock(told['seconds'])}, {told['clips_per_second']:.3g} clips/s; {busy} of the time"]
+    rate = f"{told['clips_per_second']:.3g} clips/s"
+    return [f"  built       by the last attempt in {clock(told['seconds'])}, {rate}; {busy} of the time"]
 
 
 def _histogram(values: np.ndarray, low: float, high: float) -> str:
@@ -99,21 +101,23 @@ def contact_sheet(config: Config, cache: Cache) -> bytes:
 
 
 def verify(config: Config, cache: Cache) -> None:
-    """Every part has the bytes that the snapshot cites; of some the moments are computed again."""
+    """Every file has the bytes that the snapshot cites; of some parts the moments are computed again."""
+    own = cache.manifest.content["files"]
+    if damaged := [
+        told for name, digest in own.items() for told in _damage(storage.join(cache.manifest.uri, name), digest)
+    ]:
+        raise Unfinished(
+            f"{'; '.join(damaged)}. Remove that and manifest.json beside it, and run jobs.build_cache again"
+        )
     progress = Progress("verify", "bytes", cache.counts["bytes"])
-    damaged: list[str] = []
     maker = MomentsMaker(config.model_dump(), cache.uri)
     again = set(np.linspace(0, len(cache.parts) - 1, min(LOOKED_AT, len(cache.parts))).astype(int))
     index = cache.index()
     numbers, rows, splits = (index[name].to_numpy(zero_copy_only=False) for name in ("part", "row", "drawn_split"))
     for i, part in enumerate(cache.parts):
         before = len(damaged)
-        for ending, digest in (("arrow", "sha256"), ("moments", "moments_sha256")):
-            uri = cache.path(part["name"], ending)
-            if not storage.exists(uri):
-                damaged.append(f"{uri} is missing")
-            elif hashlib.sha256(storage.read(uri)).hexdigest() != part[digest]:
-                damaged.append(f"{uri} has other bytes than when it was made")
+        for ending, digest in (("arrow", "sha256"), ("moments", "moments_sha256"), ("index", "index_sha256")):
+            damaged += _damage(cache.path(part["name"], ending), part[digest])
         if i in again and len(damaged) == before:
             mine = sorted(rows[(numbers == i) & (splits == "train")].tolist())
             again_made = maker({"part": part["name"], "rows": mine}).data
@@ -123,9 +127,17 @@ def verify(config: Config, cache: Cache) -> None:
     if damaged:
         mend = "remove those parts' three files and manifest.json of this snapshot, and run jobs.build_cache again"
         raise Unfinished(
-            f"{len(damaged)} of {2 * len(cache.parts)} files are damaged: {'; '.join(damaged[:10])}. {mend}"
+            f"{len(damaged)} of {3 * len(cache.parts)} files are damaged: {'; '.join(damaged[:10])}. {mend}"
         )
     print(f"verified: {len(cache.parts)} parts have the bytes they were made with, {len(again)} their clips' moments")
+
+
+def _damage(uri: str, digest: str) -> list[str]:
+    if not storage.exists(uri):
+        return [f"{uri} is missing"]
+    if hashlib.sha256(storage.read(uri)).hexdigest() != digest:
+        return [f"{uri} has other bytes than when it was made"]
+    return []
 
 
 def snapshots(folder: str) -> list[str]:

@@ -9,7 +9,6 @@ import json
 import posixpath
 import time
 from bisect import bisect_left
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -100,8 +99,12 @@ class PartMaker:
         if video.problem:
             raise BadVideo(cast(Reason, video.problem), PROBLEMS[video.problem])
         for source in video.sources:
-            with suppress(FileNotFoundError, NotADirectoryError):  # to ask first would be a second request
+            try:  # to ask first would be a second request
                 return storage.read(source) if video.size < 0 else storage.read_range(source, video.offset, video.size)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except IsADirectoryError:
+                raise BadVideo("not_a_video", "a folder has its name") from None
         # Without the folder: a cache has the same bytes wherever its videos lie.
         files = sorted({posixpath.basename(source) for source in video.sources})
         raise BadVideo("missing", f"there is no {' or '.join(files)}")

@@ -203,6 +203,11 @@ class InitialNoiseConfig(Section):
     """jobs.initial_noise: which training clips it is made of."""
 
     where: Where = Field({}, description="only clips with scores in a range: {motion: [0.1, null]}")
+    name: str = Field(
+        "initial_noise",
+        description="its folder under `out`: one for each filter or snapshot",
+        pattern=r"^[A-Za-z0-9][\w.+-]*$",
+    )
 
 
 class ShowCacheConfig(Section):

@@ -8,11 +8,12 @@ import torch
 
 from cil.families.base import Clip
 from pipelines import storage
-from pipelines.cache import encoding_of, part_names, plan_of
+from pipelines.cache import encoding_of, part_names, plan_of, some_of
 from pipelines.catalog import Catalog, read_catalog
 from pipelines.clips import PartMaker
 from pipelines.config import Config
 from pipelines.models import device_of, family_of
+from pipelines.progress import clock
 from pipelines.video import BadVideo
 
 SAMPLE = 8  # videos that are decoded and encoded
@@ -24,6 +25,7 @@ def estimate(config: Config) -> str:
     folder, views = storage.join(config.out, "cache"), config.cache.views_per_video
     plan = plan_of(folder, catalog, config.cache.videos_per_part)
     names, there = part_names(plan), storage.names(storage.join(folder, "parts"))
+    some_of(catalog, np.arange(len(catalog)))  # or it says that none is there
     done = np.isin(plan["part"].to_numpy(), [i for i, name in enumerate(names) if f"{name}.index" in there])
     problems = catalog.problems()
     frames = torch.zeros(1, family.frames, family.height, family.width, 3, dtype=torch.uint8)
@@ -34,7 +36,7 @@ def estimate(config: Config) -> str:
         f"rejected    {problems.total():,} of them unseen" + "".join(f", {n:,} {name}" for name, n in problems.items()),
         f"clips       {clips:,} of {family.frames} x {family.height} x {family.width}, in {len(names):,} parts",
         f"done        {int(done.sum()) * views:,} of them",
-        f"bytes       {clips * clip:,}, {clip:,} a clip at most: " + ", ".join(f"{n} {b:,}" for n, b in sizes.items()),
+        f"bytes       about {clips * clip:,}, {clip:,} a clip: " + ", ".join(f"{n} {b:,}" for n, b in sizes.items()),
     ]
     todo = np.flatnonzero(~done)
     if len(todo):
@@ -46,8 +48,8 @@ def estimate(config: Config) -> str:
             f"sample      {made} clips, {rejected} videos rejected; {rate:.3g} clips/s on one core{gpu} here, "
             f"{encoding:.0%} of it encoding"
         )
-        several = "" if gpu else f"; {left / 3600 / cores:.3g} on {cores}"
-        lines.append(f"time        {left / 3600:.3g} hours of such a core{gpu}{several}")
+        several = "" if gpu else f"; {clock(left / cores)} on {cores}"
+        lines.append(f"time        {clock(left)} (h:mm:ss) of such a core{gpu}{several}")
     return "\n".join(lines)
 
 

@@ -38,7 +38,7 @@ def make_initial_noise(config: Config) -> Manifest:
         "watermark": config.cache.watermark,
         "code": artifact.code("pipelines.initial_noise", "cil.initial_noise", "cil.moments"),
     }
-    noise = Artifact(storage.join(config.out, "initial_noise"), KIND, identity)
+    noise = Artifact(storage.join(config.out, config.initial_noise.name), KIND, identity)
     if noise.finished:
         print(f"{KIND}: {noise.uri} is finished; nothing to do")
         return noise.manifest()
@@ -131,7 +131,7 @@ def draw_estimate(groups: list[Moments], counted: torch.Tensor) -> bytes:
 
 
 def read_initial_noise(config: Config) -> tuple[InitialNoise, Manifest]:
-    manifest = artifact.read_manifest(storage.join(config.out, "initial_noise"), KIND)
+    manifest = artifact.read_manifest(storage.join(config.out, config.initial_noise.name), KIND)
     refuse_other_family(KIND, manifest.uri, manifest.identity["family"], config)
     noise, family = InitialNoise.from_bytes(storage.read(storage.join(manifest.uri, FILE))), family_of(config)
     try:

@@ -23,7 +23,7 @@ PATIENCE = 60.0  # seconds that a finished build waits for a store that has gone
 class Watch:
     def __init__(self, config: Config, snapshot: Artifact, planned: int) -> None:
         self._config, self._snapshot, self._planned = config, snapshot, planned
-        self._begin, self._next = time.monotonic(), 0.0
+        self._begin, self._next = 0.0, 0.0
         self._figures: dict[str, float] = {}
         self._feed = self._opened() if config.tracking.uri else None
 
@@ -33,6 +33,10 @@ class Watch:
         encoding = self._snapshot.identity["encoding"]
         feed.parameters({key: value for key, value in encoding.items() if key != "code"})
         return feed
+
+    def begin(self) -> None:
+        """The workers are about to start."""
+        self._begin = time.monotonic()
 
     def __call__(self, done: int, told: Counter[str]) -> str:
         """A part more is made. `done`: clips of all; `told`: what the parts of this attempt told."""

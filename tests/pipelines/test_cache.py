@@ -10,10 +10,12 @@ from in_process import DecodeHere
 
 from cil.moments import Moments
 from pipelines import storage
-from pipelines.cache import Cache, _examples, build_cache, hashes_of, opened, part_names, plan_parts
+from pipelines.cache import Cache, build_cache, hashes_of, opened, part_names, plan_parts, some_of
 from pipelines.catalog import read_catalog
 from pipelines.clips import PartMaker
 from pipelines.config import load
+from pipelines.errors import UserError
+from pipelines.estimate import estimate
 from pipelines.reader import ClipReader
 from pipelines.video import encode
 
@@ -166,4 +168,29 @@ def test_of_each_local_folder_of_videos_one_that_is_there_is_looked_for_on_other
     (tmp_path / "videos.csv").write_text("videoid,name\na,first\nb,second\nc,third\n")
     videos = ",".join([*folders, "s3://bucket/videos"])
     config = load(None, [f"catalog.csv={tmp_path}/videos.csv", f"catalog.videos=[{videos}]"])
-    assert list(_examples(read_catalog(config.catalog, ""))) == [f"{folders[0]}/b.mp4", f"{folders[1]}/c.mp4"]
+    assert some_of(read_catalog(config.catalog, ""), np.arange(3)) == [f"{folders[0]}/b.mp4", f"{folders[1]}/c.mp4"]
+
+
+@pytest.mark.parametrize("rows", [3, 30])
+def test_a_folder_that_has_none_of_the_videos_is_refused_before_they_are_missing_for_ever(tmp_path, here, rows):
+    (tmp_path / "videos.csv").write_text("videoid,name\n" + "".join(f"{i},x\n" for i in range(rows)))
+    config = load(None, [f"out={tmp_path}", f"catalog.csv={tmp_path}/videos.csv", f"catalog.videos={tmp_path}/vidoes"])
+    said = (
+        rf"^none of {rows} videos of catalog\.csv=.*/videos\.csv that .* is there, such as {tmp_path}/vidoes/0\.mp4: "
+    )
+    for job in (build_cache, estimate):
+        with pytest.raises(UserError, match=said):
+            job(config)
+    assert not list(tmp_path.glob("cache/parts/*"))
+
+
+def test_a_few_videos_that_are_missing_are_rejects_where_others_are_there(tmp_path):
+    table = "".join(f"{i:02d},x\n" for i in range(30))
+    (tmp_path / "videos.csv").write_text("videoid,name\n" + table)
+    (tmp_path / "20.mp4").touch()
+    config = load(None, [f"catalog.csv={tmp_path}/videos.csv", f"catalog.videos={tmp_path}"])
+    catalog = read_catalog(config.catalog, "")
+    assert some_of(catalog, np.arange(30)) == [f"{tmp_path}/20.mp4"]
+    assert some_of(catalog, np.arange(21, 30)) == []  # as of a catalog to which these were added
+    with pytest.raises(UserError, match="none of 10 videos"):
+        some_of(catalog, np.arange(10))
