@@ -91,6 +91,8 @@ def _fit(config: Config, missing: list[str], identities: dict[str, Identity], pr
     import ray.train.torch
     from ray.util.queue import Queue
 
+    from pipelines.network import OnRaysNetwork
+
     settings = config.finetune
     news, stopped = Queue(), list[str]()
     listener = threading.Thread(target=_listen, args=(news, stopped), daemon=True)
@@ -99,7 +101,7 @@ def _fit(config: Config, missing: list[str], identities: dict[str, Identity], pr
     trainer = ray.train.torch.TorchTrainer(
         train_rows,
         train_loop_config=loop,
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=PATIENCE),
+        torch_config=OnRaysNetwork(backend="nccl" if gpu else "gloo", timeout_s=PATIENCE),
         scaling_config=ray.train.ScalingConfig(num_workers=settings.workers, use_gpu=gpu),
         run_config=ray.train.RunConfig(
             name="ray",
