@@ -84,6 +84,21 @@ def refuse_unplaceable(workers: int, gpu: bool) -> None:
         raise UserError(f"finetune.workers={workers}: the cluster has {have} {resource}s; set fewer, or add nodes")
 
 
+def unplaced(workers: int, gpu: bool) -> str:
+    """Which workers of this job wait for others to go, or for nodes to come; nothing where they have their places."""
+    import ray
+    from ray.util import placement_group_table
+
+    job = ray.get_runtime_context().get_job_id()  # the ids of what it has asked for end with it
+    resource = "GPU" if gpu else "CPU"
+    have, free = (int(each.get(resource, 0)) for each in (ray.cluster_resources(), ray.available_resources()))
+    placed = any(id.endswith(job) and each["state"] == "CREATED" for id, each in placement_group_table().items())
+    if placed or free >= workers:
+        return ""
+    told = f"{workers} workers of 1 {resource} each: the cluster has {have} {resource}{'s' * (have != 1)}"
+    return told if have < workers else f"{told}, {free} of them free"
+
+
 def refuse_local_store(uri: str) -> None:
     """A SQLite file cannot be written from several nodes."""
     nodes = len(_nodes())

@@ -24,6 +24,7 @@ from pipelines.trainer import NotFinite, RowTrainer, agreed
 from pipelines.weights import KIND, plan_weights, uri_of
 
 PATIENCE = 7200  # seconds that ranks wait for rank 0, which exports, and waits for a tracking server that has gone
+QUIET = 30  # seconds without a word from the workers, after which it is looked whether they have a place at all
 
 
 def finetune(config: Config) -> dict[str, Manifest]:
@@ -90,16 +91,21 @@ def choose_profile(config: Config, family: Family, rows: dict[str, TrainingRow],
 def _fit(config: Config, missing: list[str], identities: dict[str, Identity], profile: zero.Profile, gpu: bool) -> None:
     import ray.train.torch
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from pipelines.network import OnRaysNetwork
 
     settings = config.finetune
-    news, stopped = Queue(), list[str]()
-    listener = threading.Thread(target=_listen, args=(news, stopped), daemon=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    news = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # neither lost with a node nor waited for
+    stopped = list[str]()
+    listener = threading.Thread(target=_listen, args=(news, stopped, settings.workers, gpu), daemon=True)
     listener.start()
     loop = {"config": config.model_dump(), "identities": identities, "profile": profile, "gpu": gpu, "news": news}
     trainer = ray.train.torch.TorchTrainer(
         train_rows,
         train_loop_config=loop,
-        torch_config=ray.train.torch.TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=PATIENCE),
+        torch_config=OnRaysNetwork(backend="nccl" if gpu else "gloo", timeout_s=PATIENCE),
         scaling_config=ray.train.ScalingConfig(num_workers=settings.workers, use_gpu=gpu),
         run_config=ray.train.RunConfig(
             name="ray",
@@ -170,16 +176,23 @@ def describe_noise(config: ConditioningConfig, family: Family) -> str:
     return f"TimeNoise with {diagnose(noise, process.unit_time(process.training_times()))}"
 
 
-def _next(news: Any) -> Any:
+def _next(news: Any, workers: int, gpu: bool) -> Any:
+    """What is told next. Where it is long in coming, says which workers have no place."""
+    from ray.util.queue import Empty
+
     try:
-        return news.get()
+        while True:
+            with suppress(Empty):
+                return news.get(timeout=QUIET)
+            if waits := cluster.unplaced(workers, gpu):
+                print(f"finetune: waits for {waits}; add nodes, or set finetune.workers", flush=True)
     except Exception:  # its actor has died
         return None
 
 
-def _listen(news: Any, stopped: list[str]) -> None:
+def _listen(news: Any, stopped: list[str], workers: int, gpu: bool) -> None:
     bars: dict[str, Progress] = {}
-    while (item := _next(news)) is not None:
+    while (item := _next(news, workers, gpu)) is not None:
         if isinstance(item, str):
             stopped.append(item)
             continue

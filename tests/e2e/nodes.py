@@ -5,16 +5,21 @@ Where none may be made (no root, no `ip`), two addresses of the loopback device:
 
 import contextlib
 import os
+import shutil
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
-from test_cache_faults import end
-from test_submit import BIN
+from test_cache_faults import below, end, until
+from test_submit import BIN, free_port
+
+from pipelines.video import encode
 
 
 @dataclass(frozen=True)
@@ -69,24 +74,47 @@ def _ip(*arguments: str) -> str:
     return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def cluster_environment(home: Path) -> dict[str, str]:
-    """A home for the cluster's token, this Python first on the path, and nodes that are missed at once."""
+def cluster_environment(home: Path, machine: Machine) -> dict[str, str]:
+    """Of the nodes of a cluster that begins on this machine, and of the jobs on it: with a home for its token, this
+    Python first on the path, and nodes that are missed at once."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     missed = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "2"}
-    made = kept | missed | {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
+    there = {"RAY_ADDRESS": f"{machine.address}:{free_port()}", "RAY_AUTH_MODE": "token"}
+    made = kept | missed | there | {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"}
     subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=made, check=True, capture_output=True)
     return made
 
 
 @contextlib.contextmanager
-def node(machine: Machine, environment: dict[str, str], *options: str, hidden: str = "") -> Iterator[subprocess.Popen]:
-    """A Ray node with one CPU. `hidden`: a folder which it sees empty."""
+def first_node(machine: Machine, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+    """The one that the cluster begins with."""
+    folder = tempfile.mkdtemp(prefix="ray")  # short: Ray's sockets stand in it
+    port = environment["RAY_ADDRESS"].split(":")[1]
+    options = ("--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false")
+    try:
+        with _node(machine, environment, *options) as process:
+            yield process
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def another_node(machine: Machine, environment: dict[str, str], hidden: str = "") -> Iterator[subprocess.Popen]:
+    """`hidden`: a folder which it sees empty."""
+    with _node(machine, environment, f"--address={environment['RAY_ADDRESS']}", hidden=hidden) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def _node(machine: Machine, environment: dict[str, str], *options: str, hidden: str = "") -> Iterator[subprocess.Popen]:
+    """With one CPU."""
     command = [str(BIN / "ray"), "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
+    command += [f"--node-ip-address={machine.address}", f"--dashboard-agent-listen-port={free_port()}"]
     if hidden:
         mount = 'mount -t tmpfs none "$0" && exec "$@"'
         command = ["unshare", "--mount", "sh", "-c", mount, hidden, *command]
     process = subprocess.Popen(
-        [*machine.inside, *command, f"--node-ip-address={machine.address}", *options],
+        [*machine.inside, *command, *options],
         env=environment,
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -105,3 +133,27 @@ def node(machine: Machine, environment: dict[str, str], *options: str, hidden: s
     finally:
         end(process.pid)
         process.wait()
+
+
+@contextlib.contextmanager
+def held(process: subprocess.Popen, title: str = "MapWorker") -> Iterator[None]:
+    """The workers of a node stand still, so that what is made meanwhile is made by another node's, or is not made."""
+    until(lambda: below(process, title), 120)
+    workers = below(process, title)
+    for worker in workers:
+        worker.suspend()
+    yield
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.resume()
+
+
+def of_small_videos(folder: Path, number: int) -> list[str]:
+    """Arguments of a job, with videos that are made here; every twentieth is none."""
+    random, names = np.random.default_rng(0), [f"video-{i}" for i in range(number)]
+    for i, name in enumerate(names):
+        frames = random.integers(0, 255, (12, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+        (folder / f"{name}.mp4").write_bytes(encode(frames, 8) if i % 20 else b"no video")
+    (folder / "videos.csv").write_text("videoid,name\n" + "".join(f"{name},caption of {name}\n" for name in names))
+    catalog = [f"catalog.csv={folder}/videos.csv", f"catalog.videos={folder}"]
+    return ["--config", "tests/smallest.yaml", *catalog, "cache.stride=1"]

@@ -8,37 +8,24 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
-from nodes import Machine, cluster_environment, node, two_machines
-from test_cache_faults import ROOT, begun, below, end, files, finished, one_line, until
-from test_submit import free_port
-
-from pipelines.video import encode
+from nodes import Machine, another_node, cluster_environment, first_node, held, of_small_videos, two_machines
+from test_cache_faults import ROOT, begun, end, files, finished, one_line, until
 
 pytestmark = pytest.mark.slow
 
-VIDEOS = 60
 CUT = 4  # seconds
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> list[str]:
-    """Of a job that makes 20 parts of small videos; some are none."""
-    folder, random = tmp_path_factory.mktemp("videos"), np.random.default_rng(0)
-    names = [f"video-{i}" for i in range(VIDEOS)]
-    for i, name in enumerate(names):
-        frames = random.integers(0, 255, (12, 8, 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
-        (folder / f"{name}.mp4").write_bytes(encode(frames, 8) if i % 20 else b"no video")
-    (folder / "videos.csv").write_text("videoid,name\n" + "".join(f"{name},caption of {name}\n" for name in names))
-    catalog = [f"catalog.csv={folder}/videos.csv", f"catalog.videos={folder}"]
-    return ["--config", "tests/smallest.yaml", *catalog, "cache.stride=1", "cache.videos_per_part=3"]
+    """Of a job that makes 20 parts."""
+    return [*of_small_videos(tmp_path_factory.mktemp("videos"), 60), "cache.videos_per_part=3"]
 
 
 @pytest.fixture(scope="module")
@@ -63,34 +50,18 @@ def machines(expected) -> Iterator[tuple[Machine, Machine]]:
 
 @pytest.fixture(scope="module")
 def environment(machines, tmp_path_factory) -> dict[str, str]:
-    """Of the nodes, and of a job on their cluster. Token authentication is on."""
-    address = f"{machines[0].address}:{free_port()}"
-    return cluster_environment(tmp_path_factory.mktemp("home")) | {"RAY_ADDRESS": address}
+    return cluster_environment(tmp_path_factory.mktemp("home"), machines[0])
 
 
 @pytest.fixture(scope="module")
 def first(machines, environment) -> Iterator[subprocess.Popen]:
-    """The node that the cluster begins with."""
-    folder = tempfile.mkdtemp(prefix="ray")  # short: Ray's sockets stand in it
-    port = environment["RAY_ADDRESS"].split(":")[1]
-    options = ("--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false")
-    try:
-        with node(machines[0], environment, *options, f"--dashboard-agent-listen-port={free_port()}") as process:
-            yield process
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def joined(machines, environment, **more: str) -> Iterator[subprocess.Popen]:
-    options = (f"--address={environment['RAY_ADDRESS']}", f"--dashboard-agent-listen-port={free_port()}")
-    with node(machines[1], environment, *options, **more) as process:
+    with first_node(machines[0], environment) as process:
         yield process
 
 
 @pytest.fixture
 def second(machines, environment, first) -> Iterator[subprocess.Popen]:
-    with joined(machines, environment) as process:
+    with another_node(machines[1], environment) as process:
         yield process
 
 
@@ -98,19 +69,6 @@ def second(machines, environment, first) -> Iterator[subprocess.Popen]:
 def build(arguments, machines, environment, first, second, tmp_path) -> Iterator[subprocess.Popen]:
     with begun("build_cache", *arguments, f"out={tmp_path}", inside=machines[0].inside, **environment) as process:
         yield process
-
-
-@contextlib.contextmanager
-def held(process: subprocess.Popen) -> Iterator[None]:
-    """The worker of a node stands still, so that what is made meanwhile is made by the other node's."""
-    until(lambda: below(process, "MapWorker"), 120)
-    workers = below(process, "MapWorker")
-    for worker in workers:
-        worker.suspend()
-    yield
-    for worker in workers:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            worker.resume()
 
 
 def wait_for_another_part(out: Path) -> None:
@@ -156,7 +114,7 @@ def hidden(machines, environment, first, tmp_path) -> Iterator[Path]:
         pytest.skip("only root may give a node another view of a folder")
     folder = tmp_path / "hidden"
     folder.mkdir()
-    with joined(machines, environment, hidden=str(folder)):
+    with another_node(machines[1], environment, hidden=str(folder)):
         yield folder
 
 

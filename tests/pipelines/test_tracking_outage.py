@@ -1,21 +1,17 @@
 """A tracking server that goes away and comes back while a training runs: no step waits, and no point is lost."""
 
-import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
 from mlflow import MlflowClient
 from ranks import attempts, train
 from torch.multiprocessing import ProcessExitedException
+from tracking_server import Server, until
 
 from pipelines import checkpoints
 from pipelines.config import Config
@@ -28,40 +24,6 @@ ROW = (
     *("finetune.log_every=8", "finetune.checkpoint_every=16", "finetune.keep=9"),
 )
 MEASURED = ("samples_per_second", "tflops", "data_wait", "memory_gib_rank0", "system/")  # another time each time
-
-
-class Server:
-    """`mlflow server` on one port, with one store, however often it is started."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self.uri = f"http://127.0.0.1:{port}"
-        options = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder)]
-        self.command = [sys.executable, "-m", "mlflow", "server", *options, "--port", str(port), "--workers", "1"]
-        self.process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        alone = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # or there are a dozen processes
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(self.command, start_new_session=True, env=alone, **quiet)
-        until(self.answers)
-
-    def answers(self) -> bool:
-        with contextlib.suppress(OSError):
-            return urlopen(f"{self.uri}/health", timeout=1).status == 200
-        return False
-
-    def kill(self) -> None:
-        if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-
-def until(holds: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def meanwhile(trainer) -> bool:

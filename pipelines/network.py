@@ -1,0 +1,28 @@
+"""The network on which the ranks of a training find each other: Ray's own, whichever others a node has."""
+
+import os
+from typing import Any
+
+import psutil
+import ray.util
+from ray.train.torch.config import TorchConfig, _TorchBackend
+
+
+class OnRaysNetwork(TorchConfig):
+    @property
+    def backend_cls(self) -> type["_Backend"]:
+        return _Backend
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_name_interface)
+        super().on_start(worker_group, backend_config)
+
+
+def _name_interface() -> None:
+    """Else gloo listens where the host's own name leads, which is 127.0.1.1 on many a machine."""
+    mine = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if mine in [each.address for each in addresses]:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -1,0 +1,214 @@
+"""A training on two nodes of a Ray cluster outlives them, and has the weights of one that a single machine makes.
+
+Each node has one CPU, which a worker takes, and is in a network namespace of its own; the job runs in the first one's.
+The second node is told to go and goes, the one that comes in its place is lost without a word, and another one comes.
+"""
+
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from mlflow import MlflowClient
+from nodes import Machine, another_node, cluster_environment, first_node, held, of_small_videos, two_machines
+from test_cache_faults import ROOT, begun, below, end, finished, until
+from test_submit import BIN, free_port
+from torch.utils.cpp_extension import _get_build_directory
+from tracking_server import Server
+
+from pipelines.tracking import runs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+EVERY = 800  # samples from one checkpoint to the next
+LEFT = 10  # seconds that a node has when it is told to go
+ROW = "{base: {weights: null, seeds: [0], where: {}, samples: 1600, lr: 2.0e-3}}"
+
+# The job, which soon says that it waits.
+IMPATIENT = """
+import runpy
+from pipelines import finetune
+
+finetune.QUIET = 2
+runpy.run_module("jobs.finetune", run_name="__main__")
+"""
+
+# Somebody else's, which has both CPUs.
+BUSY = """
+import sys
+import ray
+
+@ray.remote(num_cpus=1)
+class Busy:
+    def here(self):
+        pass
+
+ray.init(logging_level="ERROR", log_to_driver=False)
+busy = [Busy.remote(), Busy.remote()]
+print(ray.get([each.here.remote() for each in busy]), flush=True)
+sys.stdin.read()
+"""
+
+
+class Disturbed(NamedTuple):
+    out: Path
+    code: int
+    noticed: list[int]  # the samples of the checkpoints that there were when a node was about to go
+    waited: str  # what the job said while somebody else had the CPUs
+    stood: str  # while its workers stood still in their places
+    lacked: str  # and when a node was lost
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> list[str]:
+    training = ["finetune.workers=2", f"finetune.checkpoint_every={EVERY}", f"finetune.rows={ROW}"]
+    return [*of_small_videos(tmp_path_factory.mktemp("videos"), 12), *training, "generate.rows={}", "compare.claims=[]"]
+
+
+@pytest.fixture(scope="module")
+def cache(arguments, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("alone")
+    with begun("build_cache", *arguments, f"out={out}", RAY_ADDRESS="local") as build:
+        finished(build)
+    return out / "cache"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments, cache) -> Iterator[Callable[[], Path]]:
+    """What this machine trains alone, while the nodes start."""
+    with begun("finetune", *arguments, f"out={cache.parent}", RAY_ADDRESS="local") as training:
+
+        def made() -> Path:
+            if training.poll() is None:
+                finished(training)
+            return cache.parent
+
+        yield made
+
+
+@contextlib.contextmanager
+def impatient(machine: Machine, said: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen]:
+    with said.open("w") as file:
+        command = [*machine.inside, sys.executable, "-c", IMPATIENT, *arguments]
+        told = {"cwd": ROOT, "env": environment, "stdout": file, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, start_new_session=True, **told)
+    try:
+        yield process
+    finally:
+        end(process.pid)
+        process.wait()
+
+
+@contextlib.contextmanager
+def busy(machine: Machine, environment: dict[str, str]) -> Iterator[None]:
+    """Somebody else has the CPUs."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([*machine.inside, sys.executable, "-c", BUSY], env=environment, **pipes) as process:
+        process.stdout.readline()
+        yield
+        process.communicate()
+
+
+def tell_to_go(node: subprocess.Popen, machine: Machine, environment: dict[str, str]) -> None:
+    """As whoever takes a preemptible machine away does."""
+    (raylet,) = below(node, "--node_id=")
+    (name,) = (word.partition("=")[2] for word in raylet.cmdline() if word.startswith("--node_id="))
+    drain = ["drain-node", f"--address={environment['RAY_ADDRESS']}", f"--node-id={name}", "--reason-message=told"]
+    drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION", f"--deadline-remaining-seconds={LEFT}"]
+    subprocess.run([*machine.inside, BIN / "ray", *drain], env=environment, check=True, capture_output=True)
+
+
+def there(out: Path) -> list[int]:
+    return [int(manifest.parent.name) for manifest in out.glob("training/*/*/manifest.json")]
+
+
+@pytest.fixture(scope="module")
+def disturbed(arguments, cache, undisturbed, tmp_path_factory) -> Disturbed:
+    out, said = tmp_path_factory.mktemp("disturbed"), tmp_path_factory.mktemp("said") / "said.txt"
+    (out / "cache").symlink_to(cache)
+    with contextlib.ExitStack() as stack:
+        machines = stack.enter_context(two_machines())
+        server = Server(out, free_port(), machines[0].address, machines[0].inside)
+        stack.callback(server.kill)
+        server.start()
+        environment = cluster_environment(tmp_path_factory.mktemp("home"), machines[0]) | {
+            # Compiled once, whatever the home.
+            "TORCH_EXTENSIONS_DIR": str(Path(_get_build_directory("deepspeed_shm_comm", verbose=False)).parent),
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+            "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+        }
+        stack.enter_context(first_node(machines[0], environment))
+        second = stack.enter_context(another_node(machines[1], environment))
+
+        def goes_on() -> None:
+            before = len(said.read_text())
+            until(lambda: "finetune base: " in said.read_text()[before:], 120)
+
+        with busy(machines[0], environment):
+            # One failure is forgiven: it is that of the node which is lost without a word.
+            more = (f"out={out}", f"tracking.uri={server.uri}", "finetune.max_failures=1")
+            job = stack.enter_context(impatient(machines[0], said, *arguments, *more, **environment))
+            until(lambda: "waits for" in said.read_text(), 120)
+            waited = said.read_text()
+
+        goes_on()
+        with held(second, "RayTrainWorker"):
+            tell_to_go(second, machines[0], environment)
+        goes = time.time() + LEFT
+        until(lambda: there(out), 120)
+        noticed, before = there(out), len(said.read_text())
+        with held(second, "RayTrainWorker"):
+            until(lambda: time.time() > goes + 1)
+            stood = said.read_text()[before:]
+        until(lambda: not below(second, "RayTrainWorker"))
+        end(second.pid)
+
+        third = stack.enter_context(another_node(machines[1], environment))
+        goes_on()
+        before = len(said.read_text())
+        end(third.pid)
+        until(lambda: said.read_text()[before:].count("has 1 CPU") > 1)
+        lacked = said.read_text()[before:]
+
+        stack.enter_context(another_node(machines[1], environment))
+        return Disturbed(out, job.wait(120), noticed, waited, stood, lacked)
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    return {kind: (out / "weights/base" / kind / "toy.safetensors").read_bytes() for kind in ("raw", "ema")}
+
+
+def test_a_training_whose_nodes_go_and_come_has_the_weights_of_an_undisturbed_one(disturbed, undisturbed):
+    assert disturbed.code == 0
+    assert weights(disturbed.out) == weights(undisturbed())
+
+
+def test_a_node_that_is_told_to_go_gives_a_checkpoint_and_its_end_is_no_failure(disturbed):
+    (samples,) = disturbed.noticed
+    assert samples % EVERY
+    assert disturbed.code == 0
+
+
+def test_a_training_without_a_place_says_what_it_waits_for_and_keeps_saying_it(disturbed):
+    waits = "finetune: waits for 2 workers of 1 CPU each: the cluster has {}; add nodes, or set finetune.workers\n"
+    assert waits.format("2 CPUs, 0 of them free") in disturbed.waited
+    assert disturbed.lacked.count(waits.format("1 CPU")) > 1
+
+
+def test_a_training_that_stands_still_in_its_place_does_not_say_that_it_waits(disturbed):
+    assert "waits" not in disturbed.stood
+
+
+def test_the_curve_has_each_point_once(disturbed, undisturbed, smallest):
+    def curve(out: Path) -> list[tuple[int, float]]:
+        config = smallest(out, f"tracking.uri=sqlite:///{out}/mlflow.db")
+        (run,) = runs(config, "train")
+        return [
+            (m.step, m.value) for m in MlflowClient(config.tracking.uri).get_metric_history(run.info.run_id, "loss")
+        ]
+
+    assert curve(disturbed.out) == curve(undisturbed())
