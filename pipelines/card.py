@@ -106,9 +106,8 @@ def verify(config: Config, cache: Cache) -> None:
     if damaged := [
         told for name, digest in own.items() for told in _damage(storage.join(cache.manifest.uri, name), digest)
     ]:
-        raise Unfinished(
-            f"{'; '.join(damaged)}. Remove that and manifest.json beside it, and run jobs.build_cache again"
-        )
+        mend = "remove that and manifest.json beside it, and run jobs.build_cache again"
+        raise Unfinished(f"{'; '.join(damaged)}: {mend}")
     progress = Progress("verify", "bytes", cache.counts["bytes"])
     maker = MomentsMaker(config.model_dump(), cache.uri)
     again = set(np.linspace(0, len(cache.parts) - 1, min(LOOKED_AT, len(cache.parts))).astype(int))

@@ -128,6 +128,7 @@ def remove(folder: str) -> None:
     """The manifest first: what is left of it then is nothing."""
     for name in (MANIFEST, *(name for name in storage.names(folder) if name != MANIFEST)):
         storage.remove(storage.join(folder, name))
+    storage.remove_folder(folder)
 
 
 class Stored(Mapping[str, Tensor]):

@@ -43,11 +43,13 @@ def finetune(config: Config) -> dict[str, Manifest]:
         if row.settings.unmarked:
             counted_of(config, family)
     if config.finetune.validate_every and not len(ClipReader(cache, "validation")):
-        raise UserError(f"finetune.validate_every: no clip in {cache.uri} is for validation; see cache.validation")
+        unseen = f"no clip in {cache.uri} is for validation (cache.validation={config.cache.validation})"
+        raise UserError(f"finetune.validate_every: {unseen}; `null` trains without a look at any")
     missing = {name: row for name, row in rows.items() if not made[name].finished}
     if not missing:
         print(f"weights: {', '.join(rows)} are finished; nothing to do")
         return {name: each.manifest() for name, each in made.items()}
+    refuse_impossible(config, family, missing)
     refuse_unreachable(config)
     cluster.connect()
     gpu = cluster.gpus() > 0 if config.finetune.gpu is None else config.finetune.gpu
@@ -56,6 +58,8 @@ def finetune(config: Config) -> dict[str, Manifest]:
     cluster.refuse_local_store(store_uri(config))
     profile = choose_profile(config, family, missing, gpu)
     for name in missing:
+        if rows[name].settings.weights is None and family.options.weights is None:
+            print(f"finetune {name}: begins with random weights, as family.weights names none")
         if described := describe_noise(rows[name].settings.conditioning, family):
             print(f"finetune {name}: {described}")
         made[name].begin(config.model_dump_json(indent=1))
@@ -63,29 +67,33 @@ def finetune(config: Config) -> dict[str, Manifest]:
     return {name: each.manifest() for name, each in made.items()}
 
 
-def choose_profile(config: Config, family: Family, rows: dict[str, TrainingRow], gpu: bool) -> zero.Profile:
-    """One for all rows, as the largest of them needs it; refuses what cannot be."""
+def refuse_impossible(config: Config, family: Family, rows: dict[str, TrainingRow]) -> None:
+    """What no cluster could train."""
     settings = config.finetune
-    for named, row in rows.items():
-        if row.settings.precision == "float16" and not gpu:
-            raise UserError(f"finetune.rows.{named}.precision=float16: needs a GPU; bfloat16 works on CPUs too")
-    name = settings.deepspeed
-    if name == "auto":
-        device = cluster.gpu_memory() if gpu else None
-        name, why = memory.choose(family, [row.settings for row in rows.values()], settings.workers, device)
-        print(f"finetune: DeepSpeed profile {name} (infra/deepspeed): {why}")
-    profile = zero.profile_of(name)
-    if not zero.stage_of(profile):
-        for each, row in rows.items():
+    if settings.deepspeed != "auto" and not zero.stage_of(zero.profile_of(settings.deepspeed)):
+        for name, row in rows.items():
             if row.settings.precision != "float32":
-                wanted = f"finetune.rows.{each}.precision={row.settings.precision}"
+                wanted = f"finetune.rows.{name}.precision={row.settings.precision}"
                 raise UserError(f"finetune.deepspeed={settings.deepspeed}: ZeRO 0 trains float32 alone, not {wanted}")
     if settings.recompute:
         try:
             family.recompute(memory.network_of(family))
         except ValueError as error:
             raise UserError(f"finetune.recompute: {error}") from None
-    return profile
+
+
+def choose_profile(config: Config, family: Family, rows: dict[str, TrainingRow], gpu: bool) -> zero.Profile:
+    """One for all rows, as the largest of them needs it."""
+    settings = config.finetune
+    for named, row in rows.items():
+        if row.settings.precision == "float16" and not gpu:
+            raise UserError(f"finetune.rows.{named}.precision=float16: needs a GPU; bfloat16 works on CPUs too")
+    if settings.deepspeed != "auto":
+        return zero.profile_of(settings.deepspeed)
+    device = cluster.gpu_memory() if gpu else None
+    name, why = memory.choose(family, [row.settings for row in rows.values()], settings.workers, device)
+    print(f"finetune: DeepSpeed profile {name} (infra/deepspeed): {why}")
+    return zero.profile_of(name)
 
 
 def _fit(config: Config, missing: list[str], identities: dict[str, Identity], profile: zero.Profile, gpu: bool) -> None:
@@ -200,7 +208,9 @@ def _listen(news: Any, stopped: list[str], workers: int, gpu: bool) -> None:
             print(f"finetune: {item[0]}", flush=True)
             continue
         name, samples, total, loss = item
-        if name in bars:
+        if loss is not None:
             bars[name].advance(samples - bars[name].done, f"loss {loss:.4f}")
-        else:
-            bars[name] = Progress(f"finetune {name}", "samples", total, samples)
+            continue
+        bars[name] = Progress(f"finetune {name}", "samples", total, samples)
+        if samples:
+            print(f"finetune {name}: goes on from the checkpoint at {samples} samples", flush=True)

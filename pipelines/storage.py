@@ -110,6 +110,13 @@ def remove(uri: str) -> None:
         remote.rm(uri)
 
 
+def remove_folder(uri: str) -> None:
+    """One that is empty; a store has no folders."""
+    if is_local(uri):
+        with suppress(OSError):  # somebody else writes to it
+            os.rmdir(uri)
+
+
 def put(local: Path, uri: str) -> None:
     """A file of any size, to stand at `uri` whole or not at all."""
     if is_local(uri):

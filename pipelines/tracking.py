@@ -40,6 +40,7 @@ class Run:
         found = self._client.search_runs([experiment], same)
         if found:
             self.id = found[0].info.run_id
+            self._client.update_run(self.id, "RUNNING")
         else:
             tags = {"cil.fingerprint": fingerprint, "cil.stage": stage, "mlflow.runName": name}
             self.id = self._client.create_run(experiment, tags=tags).info.run_id
@@ -89,8 +90,8 @@ class Run:
             tags = {"cil.fingerprint": weights.fingerprint, "cil.uri": weights.uri}
             self._client.create_model_version(name, f"runs:/{self.id}/model", self.id, tags=tags)
 
-    def finish(self) -> None:
-        self._client.set_terminated(self.id)
+    def finish(self, status: str = "FINISHED") -> None:
+        self._client.set_terminated(self.id, status)
 
     def _logged(self, name: str) -> int:
         if name not in self._last:
@@ -144,8 +145,8 @@ class Feed:
                     raise Unfinished(f"the tracking server cannot be reached ({self.problem})")
                 self._changed.wait(1)
 
-    def finish(self) -> None:
-        self._tell("finish")
+    def finish(self, status: str = "FINISHED") -> None:
+        self._tell("finish", status)
 
     def _tell(self, what: str, *told: Any) -> None:
         with self._changed:
@@ -228,7 +229,7 @@ def refuse_unreachable(config: Config) -> None:
         try:
             socket.create_connection((parts.hostname or "", port), timeout=5).close()
         except OSError as error:
-            raise UserError(f"tracking.uri={config.tracking.uri}: cannot be reached ({error})") from None
+            raise Unfinished(f"tracking.uri={config.tracking.uri}: cannot be reached ({error})") from None
         from mlflow.exceptions import MlflowException
 
         _be_brief()

@@ -4,6 +4,7 @@ Nothing here asks how many workers there are or which ZeRO stage it is, but for 
 function of (seed, position in the stream), and checkpoints keep ranges of parameters by their names.
 """
 
+import contextlib
 import gc
 import json
 import math
@@ -23,7 +24,7 @@ from pipelines.cache import Cache
 from pipelines.checkpoints import Stored, training_of
 from pipelines.config import Config, TrainingRow
 from pipelines.curve import Curve
-from pipelines.errors import UserError
+from pipelines.errors import Unfinished, UserError
 from pipelines.models import family_of
 from pipelines.reader import ClipReader, lanes
 from pipelines.rows import learning_rate, objective_of, order_of
@@ -34,6 +35,7 @@ from pipelines.weights import trained_network, write_stored
 
 SKIPPED = "skipped.json"  # the batches that were left out, by the samples before them
 MOST = 10  # of them
+LAST_WORDS = 60  # seconds that a training which has failed waits for a tracking server
 
 
 class NotFinite(UserError):
@@ -52,7 +54,7 @@ class RowTrainer:
         news: Callable[..., None],
         leaving: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`news` is told how far rank 0 is, and what it left out; `leaving` says whether a node is about to go."""
+        """`news` is told where rank 0 begins, how far it is, what it left out; `leaving` says if its node is to go."""
         self.config, self.settings, self.name, self.made, self.cache = config, config.finetune, name, made, cache
         self.row, self.seed, self.profile, self.news, self.leaving = row.settings, row.seed, profile, news, leaving
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -108,6 +110,8 @@ class RowTrainer:
         self.saved, self.steps_before = self.samples, self.steps
         self.writer = checkpoints.Writer(self.folder, self.shards, self.settings.keep)
         self.skipped = agreed(lambda: _skipped(self.folder))
+        if self.run:
+            self.news(self.name, self.samples, self.row.samples, None)
         flops = of_next_call(self.engine.module)
         self.curve = Curve(self.device, lambda: flops() / self.micro_batch)
 
@@ -120,17 +124,17 @@ class RowTrainer:
             before = time.perf_counter()
             batch = next(batches)
             self.curve.waited += time.perf_counter() - before
-            self.samples = start
+            since, self.samples = self.samples, start
             self.step(positions, batch)
             self.samples = start + row.batch
             last = start == starts[-1]
-            if last or self.samples % every.log_every == 0:
+            if due(every.log_every, since, self.samples) or last:
                 self.log()
-            if self.validation and every.validate_every and (last or self.samples % every.validate_every == 0):
+            if self.validation and (due(every.validate_every, since, self.samples) or last):
                 self.validate()
-            if last or self.samples % every.checkpoint_every == 0:
+            if due(every.checkpoint_every, since, self.samples) or last:
                 self.checkpoint()
-            if not self.left and self.samples % every.log_every == 0 and self.leaving():
+            if not self.left and due(every.log_every, since, self.samples) and self.leaving():
                 self.left = True  # it stays so until the node goes: one checkpoint more is enough
                 self.checkpoint()
                 self.writer.wait()
@@ -174,9 +178,16 @@ class RowTrainer:
         last = checkpoints.found(self.folder)[-1:]
         good = f"The last good checkpoint is {last[0]}" if last else "There is no checkpoint yet"
         if self.settings.on_nan == "stop" or len(self.skipped) >= MOST:
-            raise NotFinite(
-                f"{error}. {good}; lower lr={self.row.lr}, or leave such batches out by finetune.on_nan=skip"
+            said = (
+                f"{error}. {good}; lower lr={self.row.lr}, or leave such batches out by finetune.on_nan=skip. "
+                "jobs.show_cache show_cache.verify=true finds out whether the cache is damaged"
             )
+            if self.run:
+                self.run.tags({"stopped": said})
+                self.run.finish("FAILED")
+                with contextlib.suppress(Unfinished):
+                    self.run.flush(LAST_WORDS)
+            raise NotFinite(said)
         if self.run:
             self.news(f"{error}; that batch is left out. {good}")
             self.run.tags({f"left_out.{self.samples}": str(error)})
@@ -260,6 +271,11 @@ class RowTrainer:
         run.tags(tags | {"cache": self.cache.fingerprint, "code": self.made.identity["code"]} | commit() | versions())
         run.file("config.json", self.config.model_dump_json(indent=1).encode())
         return run
+
+
+def due(every: int | None, since: int, samples: int) -> bool:
+    """Also where the batch that would have ended there was left out."""
+    return every is not None and samples // every > since // every
 
 
 def agreed(look: Callable[[], Any]) -> Any:

@@ -1,5 +1,6 @@
 """A network's weights: fine-tuned ones as an artifact of ours, or published ones, a file or a folder at a URI."""
 
+import hashlib
 import tempfile
 from collections.abc import Mapping
 from functools import cache
@@ -67,13 +68,14 @@ def write_weights(
     **content: Any,
 ) -> Manifest:
     """In the family's published layout: the averages in `ema`, the weights of the last step in `raw`."""
-    files = []
+    files = {}
     for kind, weights in ((KINDS[True], averaged), (KINDS[False], raw)):
         with tempfile.TemporaryDirectory() as folder:
             for name in family.export(weights, Path(folder)):
+                with Path(folder, name).open("rb") as file:
+                    files[f"{kind}/{name}"] = hashlib.file_digest(file, "sha256").hexdigest()
                 storage.put(Path(folder, name), made.path(kind, name))
-                files.append(f"{kind}/{name}")
-    return made.finish(counts, files=sorted(files), **content)
+    return made.finish(counts, files=files, **content)
 
 
 def read_weights(config: Config, row: str) -> Manifest:

@@ -18,7 +18,7 @@ from jobs import paper
 from pipelines import cache, generate, score, storage
 from pipelines.artifact import read_manifest
 from pipelines.config import load
-from pipelines.errors import UserError
+from pipelines.errors import Unfinished, UserError
 from pipelines.finetune import finetune
 from pipelines.initial_noise import FILE, make_initial_noise
 from pipelines.reader import ClipReader
@@ -359,7 +359,7 @@ def test_clips_too_small_for_a_motion_score_are_refused_before_the_start(road, s
 
 
 def test_a_tracking_server_that_nobody_runs_is_one_line(road, smallest):
-    with pytest.raises(UserError, match=r"tracking\.uri=http://127\.0\.0\.1:9: cannot be reached"):
+    with pytest.raises(Unfinished, match=r"tracking\.uri=http://127\.0\.0\.1:9: cannot be reached"):
         score.score(smallest(road.out, "tracking.uri=http://127.0.0.1:9"))
 
 

@@ -173,6 +173,7 @@ def test_of_each_local_folder_of_videos_one_that_is_there_is_looked_for_on_other
 
 @pytest.mark.parametrize("rows", [3, 30])
 def test_a_folder_that_has_none_of_the_videos_is_refused_before_they_are_missing_for_ever(tmp_path, here, rows):
+    (tmp_path / "vidoes").mkdir()
     (tmp_path / "videos.csv").write_text("videoid,name\n" + "".join(f"{i},x\n" for i in range(rows)))
     config = load(None, [f"out={tmp_path}", f"catalog.csv={tmp_path}/videos.csv", f"catalog.videos={tmp_path}/vidoes"])
     said = (

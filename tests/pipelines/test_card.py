@@ -69,7 +69,9 @@ def test_the_card_has_a_histogram_of_scores_that_are_all_the_same():
 
 def test_the_card_tells_how_fast_the_run_was_that_made_the_last_parts(built, settings, cache, here):
     (told,) = re.findall(
-        r"^  built       in (\d+:\d\d), (\S+) clips/s; decoding 0%, encoding (\d+)% of the time$", card(cache), re.M
+        r"^  built       by the last attempt in (\d+:\d\d), (\S+) clips/s; decoding 0%, encoding (\d+)% of the time$",
+        card(cache),
+        re.M,
     )
     known = json.loads(Path(cache.manifest.uri, "build.json").read_text())
     assert told == (clock(known["seconds"]), f"{known['clips_per_second']:.3g}", f"{known['encoding_busy'] * 100:.0f}")

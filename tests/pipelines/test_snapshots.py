@@ -112,13 +112,14 @@ def test_a_longer_catalog_adds_parts_and_a_snapshot_and_the_first_stays_as_it_is
     assert f"{ids['g0']}:1" in known
 
 
-def test_workers_train_from_the_snapshot_their_job_began_with(built, settings, here, cache, monkeypatch):
+def test_workers_train_from_the_snapshot_their_job_began_with(built, settings, here, cache, monkeypatch, capsys):
     told = []
     monkeypatch.setattr("pipelines.cluster.refuse_unplaceable", lambda *_: None)
     monkeypatch.setattr("pipelines.cluster._nodes", dict)
     monkeypatch.setattr("pipelines.finetune._fit", lambda config, *_: told.append(config))
     with pytest.raises(UserError, match=r"weights.* is unfinished"):  # nobody has trained
         finetune(settings(built, "finetune.gpu=false"))
+    assert "finetune base: begins with random weights, as family.weights names none" in capsys.readouterr().out
     build_cache(settings(built, csv="longer"))
     assert read_cache(told[0]).manifest == cache.manifest != read_cache(settings(built)).manifest
 

@@ -1,5 +1,6 @@
 """What may be chosen of a training, on real ranks with real DeepSpeed: looks at held-out clips, what is trained."""
 
+import hashlib
 import io
 import re
 from collections import Counter
@@ -126,6 +127,12 @@ def test_in_bfloat16_a_training_begins_with_the_weights_as_they_are(trained, beg
     for kind in ("raw", "ema"):
         for name, tensor in weights(trained["low and still"], kind).items():
             torch.testing.assert_close(tensor, began[name], rtol=0, atol=1e-28)
+
+
+def test_a_row_has_the_digests_of_its_files(trained):
+    config = trained["plain"]
+    for name, digest in read_weights(config, "base").content["files"].items():
+        assert hashlib.sha256(Path(config.out, "weights/base", name).read_bytes()).hexdigest() == digest
 
 
 def test_every_look_is_a_point_of_each_figure_and_zero_3_sees_the_same(trained):

@@ -10,7 +10,7 @@ from pipelines.cache import build_cache
 from pipelines.config import ConditioningConfig, RowConfig
 from pipelines.config import load as configured
 from pipelines.errors import UserError
-from pipelines.finetune import choose_profile, describe_noise, finetune
+from pipelines.finetune import choose_profile, describe_noise, finetune, refuse_impossible
 from pipelines.models import family_of
 from pipelines.rows import conditioning_noise, learning_rate
 from pipelines.weights import plan_weights
@@ -84,7 +84,6 @@ def test_weights_know_which_watermark_their_loss_left_out_and_no_other(tmp_path)
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["finetune.row.precision=float16"], "finetune.rows.base.precision=float16: needs a GPU; bfloat16 works"),
         (["finetune.deepspeed=zero-9"], "finetune.deepspeed=zero-9: auto, one of zero-0, zero-1, .*zero-3-offload"),
         (["finetune.deepspeed=own.json"], "finetune.deepspeed=own.json: auto, one of zero-0"),
         (["finetune.recompute=true"], "finetune.recompute: the networks of the family toy cannot recompute"),
@@ -97,8 +96,15 @@ def test_weights_know_which_watermark_their_loss_left_out_and_no_other(tmp_path)
 def test_a_training_that_cannot_be_is_refused_in_one_line(overrides, said):
     config = configured(None, ["family.preset=tiny", *overrides])
     with pytest.raises(UserError, match=said) as error:
-        choose_profile(config, family_of(config), config.training_rows(), gpu=False)
+        refuse_impossible(config, family_of(config), config.training_rows())
     assert "\n" not in str(error.value)
+
+
+def test_float16_is_refused_where_there_is_no_gpu():
+    config = configured(None, ["family.preset=tiny", "finetune.row.precision=float16"])
+    said = r"^finetune\.rows\.base\.precision=float16: needs a GPU; bfloat16 works on CPUs too$"
+    with pytest.raises(UserError, match=said):
+        choose_profile(config, family_of(config), config.training_rows(), gpu=False)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +134,6 @@ LOOKS = ("finetune.validate_every=80", "finetune.checkpoint_every=80")
 def test_validation_without_clips_for_it_is_refused(settings, here, tmp_path):
     config = settings(tmp_path, "cache.validation=0", "catalog.limit=6", *LOOKS)
     build_cache(config)
-    with pytest.raises(UserError, match=r"finetune\.validate_every: no clip in .* is for validation; see cache\.valid"):
+    with pytest.raises(UserError, match=r"finetune\.validate_every: no clip in .* is for validation \(cache\.valid"):
         finetune(config)
     assert not (tmp_path / "weights").exists()

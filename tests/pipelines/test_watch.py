@@ -19,7 +19,7 @@ from pipelines import clips, storage, watch
 from pipelines.artifact import Artifact
 from pipelines.cache import SNAPSHOT, build_cache
 from pipelines.config import load
-from pipelines.errors import Unfinished, UserError
+from pipelines.errors import Unfinished
 from pipelines.progress import Progress
 from pipelines.tracking import runs
 from pipelines.watch import Watch
@@ -180,7 +180,7 @@ def test_a_server_that_ends_for_good_does_not_stop_the_build(
 
 
 def test_a_server_that_is_not_there_is_told_before_anything_is_begun(tmp_path, settings, here):
-    with pytest.raises(UserError, match=r"^tracking\.uri=http://127\.0\.0\.1:9: cannot be reached"):
+    with pytest.raises(Unfinished, match=r"^tracking\.uri=http://127\.0\.0\.1:9: cannot be reached"):
         build_cache(settings(tmp_path, "tracking.uri=http://127.0.0.1:9"))
     assert not (tmp_path / "cache").exists()
     assert here.made == []
