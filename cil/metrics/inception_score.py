@@ -1,9 +1,9 @@
 """The Inception Score of videos: how sure a classifier is of each, and how different they are (Salimans et al. 2016).
 
-    split = split_of(positions, videos=10_000)                     # which tenth of the set each one belongs to
-    state = ClassMoments.of(probabilities, split)                  # [B, K] of a part; parts are merged in any order
-    scores = state.merge(others).scores                            # one for each tenth: published are mean and deviation
-    low, high = interval(float(scores.mean()), score_replicates(all_probabilities, all_splits))
+split = split_of(positions, videos=10_000)                     # which tenth of the set each one belongs to
+state = ClassMoments.of(probabilities, split)                  # [B, K] of a part; parts are merged in any order
+scores = state.merge(others).scores                            # one for each tenth: published are mean and deviation
+low, high = interval(float(scores.mean()), score_replicates(all_probabilities, all_splits))
 """
 
 from dataclasses import dataclass
@@ -50,9 +50,7 @@ class ClassMoments:
     def merge(self, other: "ClassMoments") -> "ClassMoments":
         if self.total.shape != other.total.shape:
             raise ValueError(f"splits x classes {list(self.total.shape)} cannot merge with {list(other.total.shape)}")
-        return ClassMoments(
-            self.count + other.count, self.total + other.total, self.certainty + other.certainty
-        )
+        return ClassMoments(self.count + other.count, self.total + other.total, self.certainty + other.certainty)
 
     @property
     def scores(self) -> Tensor:
