@@ -142,6 +142,8 @@ def test_draws_are_a_function_of_the_size_and_the_seed_and_of_all_positions():
     assert not torch.equal(first, torch.stack(list(resampled(50, 400, seed=4))))
     assert first.shape == (400, 50)
     assert (first.min(), first.max()) == (0, 49)
+    larger = torch.stack(list(resampled(100, 200, seed=3)))
+    assert (larger.flatten() % 50 == first.flatten()).double().mean() < 0.05  # sets of two sizes are drawn apart
     # Each position 400 times, with the deviation of a binomial.
     assert first.flatten().bincount().sub(400).abs().max() < 4.5 * 400**0.5
 

@@ -31,6 +31,7 @@ def test_scores_are_those_of_the_definition_in_each_split(splits):
     np.testing.assert_allclose(of(p, splits).scores, [by_hand(part) for part in parts], rtol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_score_of_one_split_is_that_of_torchmetrics():
     x = logits(200, 11)
     public = InceptionScore(feature=torch.nn.Identity(), splits=1).set_dtype(torch.float64)
@@ -94,3 +95,11 @@ def test_the_interval_is_as_wide_as_the_spread_of_scores_of_other_sets():
     assert low < float(found.mean()) < high
     assert torch.equal(replicates, score_replicates(p, split, 2, times=500, seed=3))
     assert not torch.equal(replicates, score_replicates(p, split, 2, times=500, seed=4))
+
+
+def test_splits_are_drawn_apart_from_each_other():
+    """Of four splits that hold the same videos the mean is spread half as far as one of them."""
+    p = logits(60, 4).softmax(1)
+    split = torch.arange(4).repeat_interleave(60)
+    one, four = score_replicates(p, split[:60], 1), score_replicates(p.repeat(4, 1), split, 4)
+    assert float(four.std() / one.std()) == pytest.approx(0.5, rel=0.15)

@@ -71,8 +71,9 @@ def test_the_noise_is_a_function_of_the_key_and_the_time(family, batch):
     eps = Draws([(0, 7, 0)]).normal(*batch["latents"].shape[1:])
     assert torch.equal(net.seen, family.process.add_noise(batch["latents"].float(), eps, TIMES[-1:]))
     first = net.seen
-    one_step(family, net, batch, TIMES[-1:], (0, 8))
-    assert not torch.equal(net.seen, first)
+    for key, times in (((0, 8), TIMES[-1:]), ((0, 7), TIMES[[-1, -1]])):  # the second one's last is its k = 1
+        one_step(family, net, batch, times, key)
+        assert not torch.equal(net.seen, first)
 
 
 def test_the_network_is_asked_without_a_gradient(family, batch):
