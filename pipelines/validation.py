@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cil import CleanCondition, Draws, InitialNoise, sample
 from cil.families import Family
-from cil.metrics.motion import motion_score
+from cil.metrics.leakage import one_step
 from pipelines.cache import Cache
 from pipelines.config import Config
 from pipelines.reader import ClipReader, SampleOrder
@@ -51,22 +51,10 @@ class Validation:
         return values, self.media(net, device)
 
     def measured(self, net: Any, number: int, device: torch.device) -> Tensor:
-        family, process = self.family, self.family.process
         batch = {name: tensor.to(device) for name, tensor in self.clips.batch([number]).items()}
-        x0 = batch["latents"].float()
-        condition, _ = family.condition(batch, CleanCondition(), torch.zeros(1, device=device), None)
-        found = torch.zeros(3, TIMES + 1, dtype=torch.float64)
-        for k, t in enumerate(self.times.to(device)[:, None]):
-            eps = Draws([(SEED, number, k)], device).normal(*x0.shape[1:])
-            x_t = process.add_noise(x0, eps, t)
-            answer = family.denoise(net, x_t, t, condition)
-            error = (answer - process.target(family.prediction, x0, eps, t)) ** 2
-            predicted, _ = process.split(family.prediction, answer, x_t, t)
-            found[:, k] = torch.tensor(
-                [float(family.loss_weight(t) * error.mean()), motion_score(family.decode(predicted)[0].cpu()), 1]
-            )
-        found[1:, -1] = torch.tensor([motion_score(family.decode(x0)[0].cpu()), 1])
-        return found
+        found = one_step(self.family, net, batch, self.times, (SEED, number))
+        rows = [*found.loss, 0.0], [*found.motion, found.truth], [1.0] * (TIMES + 1)
+        return torch.tensor(rows, dtype=torch.float64)
 
     def media(self, net: Any, device: torch.device) -> dict[str, bytes]:
         """Sampled clips: a video of each, and a sheet of their first, middle and last frames."""
