@@ -3,7 +3,8 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping
-from typing import get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -68,11 +69,21 @@ def _section_keys(prefix: str, section: type[BaseModel]) -> list[str]:
         if isinstance(field.default, BaseModel):
             inner += _section_keys(f"{prefix}.{name}", type(field.default))
             continue
-        default = list(field.default) if isinstance(field.default, dict) else field.default
+        default = list(field.default) if isinstance(field.default, dict) and field.default else field.default
         required = "" if field.is_required() else f"={default}"
-        lines.append(f"    {prefix}.{name}{required}{f': {field.description}' if field.description else ''}")
+        words = ", ".join(_words(field.annotation))
+        told = "; ".join(filter(None, [field.description, words and f"one of {words}"]))
+        lines.append(f"    {prefix}.{name}{required}{f': {told}' if told else ''}")
         for value in get_args(field.annotation):  # a table or a list of sections
             if isinstance(value, type) and issubclass(value, BaseModel):
                 place = ".NAME" if isinstance(field.default, dict) else "[]"
                 inner += _section_keys(f"{prefix}.{name}{place}", value)
     return lines + inner
+
+
+def _words(annotation: Any) -> list[str]:
+    """Those that a value may be, where it may be no others, or a number."""
+    if get_origin(annotation) is Literal:
+        return [str(word) for word in get_args(annotation)]
+    several = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    return [word for each in several for word in _words(each)]

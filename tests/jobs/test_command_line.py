@@ -1,5 +1,6 @@
 """What a user meets first: help and mistakes, of every job, as a process."""
 
+import re
 import subprocess
 import sys
 import time
@@ -44,6 +45,20 @@ def test_help_teaches_and_answers_at_once(job):
     assert f"python -m jobs.{job}" in done.stdout
     assert "keys that this job reads" in done.stdout
     assert seconds < SECONDS
+
+
+@pytest.mark.parametrize(
+    ("job", "key"),
+    [
+        ("finetune", "finetune.row.train=full: .*; one of full, unet, temporal, lora"),
+        ("finetune", "finetune.row.balance=None: .*; one of motion, cut, subject, aesthetic"),
+        ("finetune", r"finetune.row.where={}: [^;]*"),
+        ("export", "export.checkpoint=last: .*; one of last, best"),
+    ],
+)
+def test_help_has_the_words_that_a_key_may_have(job, key):
+    done, _ = run(f"jobs.{job}", "--help")
+    assert re.search(rf"^    {key}$", done.stdout, re.M)
 
 
 @pytest.mark.parametrize("job", JOBS)
