@@ -8,6 +8,7 @@ there without extension, `cats~one`. In the last two / is ~, and what is not a l
 
 import csv
 import hashlib
+import io
 import json
 import posixpath
 import re
@@ -16,8 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +35,7 @@ COLUMNS = ("videoid", "name")
 BLOCK = 4 * 1024 * 1024  # bytes of a csv parsed at once
 BATCH = 65536  # rows handled at once
 LONGEST = 131072  # bytes of a caption: more are rows that an open quote has swallowed
+END = "\0the end of the csv\0"  # as a row behind the last one: what is still open there has swallowed it
 THREADS = 16  # that wait for a disk or for S3
 
 # Why a video is rejected without being looked at.
@@ -243,8 +246,7 @@ def _plausible(table: pa.Table, uri: str) -> pa.Table:
 
 
 def _header(file: Path, uri: str) -> list[str]:
-    with _text(file) as lines, _one_line(uri):
-        header = next((row for row in csv.reader(lines) if row), [])
+    header = next(_rows(file, uri), [])
     for column in COLUMNS:
         if header.count(column) > 1:
             raise UserError(f"catalog.csv={uri}: has the column {column} {header.count(column)} times")
@@ -255,16 +257,21 @@ def _header(file: Path, uri: str) -> list[str]:
     return header
 
 
-def _text(file: Path) -> Any:
-    return file.open(encoding="utf-8-sig", errors="replace", newline="")
-
-
-@contextmanager
-def _one_line(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except csv.Error as error:
-        raise _open_quote(uri, str(error)) from None
+def _rows(file: Path, uri: str) -> Iterator[list[str]]:
+    """Those that are not empty, the header first."""
+    number = 0
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        try:
+            for row in csv.reader(chain(lines, [END])):
+                number += bool(row)
+                if row and row[-1].endswith(END):
+                    if row != [END]:
+                        raise _open_quote(uri, f"row {number} opens a quote that nothing closes")
+                    return
+                if row:
+                    yield row
+        except csv.Error as error:
+            raise _open_quote(uri, f"row {number + 1}: {error}") from None
 
 
 def _open_quote(uri: str, found: str) -> UserError:
@@ -273,9 +280,10 @@ def _open_quote(uri: str, found: str) -> UserError:
 
 def _parse_fast(file: Path, header: list[str]) -> Iterator[pa.Table]:
     wanted = {name: f"f{header.index(name)}" for name in ("videoid", "name", "page_dir") if name in header}
-    with pa.OSFile(str(file)) as stream:
+    end = ",".join(END if name == "videoid" else "" for name in header)
+    with file.open("rb") as stream:
         batches = pyarrow.csv.open_csv(
-            stream,
+            _Followed(stream, f"\n{end}\n".encode()),
             # The header is read as a row, so that no name in it, twice or not UTF-8, is a reason to refuse.
             pyarrow.csv.ReadOptions(autogenerate_column_names=True, block_size=BLOCK),
             pyarrow.csv.ParseOptions(newlines_in_values=True),
@@ -283,12 +291,32 @@ def _parse_fast(file: Path, header: list[str]) -> Iterator[pa.Table]:
                 include_columns=list(wanted.values()), column_types=dict.fromkeys(wanted.values(), pa.binary())
             ),
         )
-        is_header = True
+        is_header, ended = True, False
         for batch in batches:
-            batch = batch.slice(1) if is_header and batch.num_rows else batch
-            is_header = is_header and not batch.num_rows
+            if is_header and batch.num_rows:
+                batch, is_header = batch.slice(1), False
             columns = {name: _decoded(batch[column]) for name, column in wanted.items()}
+            if batch.num_rows and columns["videoid"][-1].as_py() == END:
+                columns, ended = {name: column[:-1] for name, column in columns.items()}, True
             yield _csv_rows(columns["videoid"], columns.get("page_dir"), columns["name"])
+    if not ended:
+        raise pa.ArrowInvalid("a quote is open")
+
+
+class _Followed(io.RawIOBase):
+    """A file with something behind it."""
+
+    def __init__(self, file: BinaryIO, then: bytes) -> None:
+        self._file, self._then = file, then
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if data := self._file.read(size):
+            return data
+        data, self._then = self._then[:size], self._then[size:]
+        return data
 
 
 def _decoded(column: pa.Array) -> pa.Array:
@@ -302,15 +330,12 @@ def _parse_row_by_row(file: Path, header: list[str], uri: str) -> Iterator[pa.Ta
     places = [header.index(name) if name in header else -1 for name in ("videoid", "page_dir", "name")]
     rows: list[tuple[str, ...]] = []
     ragged: list[bool] = []
-    with _text(file) as lines, _one_line(uri):
-        reader = (row for row in csv.reader(lines) if row)
-        next(reader)
-        for row in reader:
-            rows.append(tuple(row[i] if 0 <= i < len(row) else "" for i in places))
-            ragged.append(len(row) != len(header))
-            if len(rows) == BATCH:
-                yield _csv_rows(*_columns(rows), ragged=ragged)
-                rows, ragged = [], []
+    for row in islice(_rows(file, uri), 1, None):
+        rows.append(tuple(row[i] if 0 <= i < len(row) else "" for i in places))
+        ragged.append(len(row) != len(header))
+        if len(rows) == BATCH:
+            yield _csv_rows(*_columns(rows), ragged=ragged)
+            rows, ragged = [], []
     yield _csv_rows(*_columns(rows), ragged=ragged)
 
 

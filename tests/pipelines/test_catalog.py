@@ -146,6 +146,32 @@ def test_a_csv_that_is_no_catalog_is_refused_in_one_line(tmp_path, data, says):
     assert re.search(r"catalog\.csv=.*" + says, refused(csv=str(tmp_path / "v.csv"), videos=str(tmp_path)))
 
 
+@pytest.mark.parametrize("column", range(5))
+@pytest.mark.parametrize("ragged", ["", "x,y\n"], ids=["fast", "row by row"])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_quote_that_nothing_closes_is_refused_with_its_row(tmp_path, column, ragged, end):
+    """It would swallow every row behind it."""
+    fields = ["1000", "u", "d", "", "abc"]
+    fields[column] = '"' + fields[column]
+    rows = [f'{i},u,d,"p","two\nlines ""of"" it"\n' for i in range(5)], [f"{i},u,d,,x\n" for i in range(20)]
+    data = HEADER + ragged + "".join(rows[0]) + ",".join(fields) + "\n" + "".join(rows[1]).rstrip() + end
+    (tmp_path / "v.csv").write_text(data)
+    said = refused(csv=f"{tmp_path}/v.csv", videos=str(tmp_path))
+    row = 7 + bool(ragged)
+    assert said.startswith(f"catalog.csv={tmp_path}/v.csv: is no csv (row {row} opens a quote that nothing closes)")
+
+
+def test_a_quote_that_nothing_closes_is_found_in_the_header_and_in_the_last_row(tmp_path):
+    for data, row in (('videoid,"name\n1,x\n', 1), ('videoid,name\n1,x\n2,"', 3), ('videoid,name\n1,x\n2,"y""', 3)):
+        (tmp_path / "v.csv").write_text(data)
+        assert f"(row {row} opens a quote" in refused(csv=f"{tmp_path}/v.csv", videos=str(tmp_path))
+
+
+def test_a_quoted_field_may_be_the_last_thing_in_a_csv(tmp_path):
+    for end in ("", "\n", "\r\n"):
+        assert captions(catalog(tmp_path, '\ufeffvideoid,name\n1,"a ""b""\nc"' + end)) == {"1": 'a "b"\nc'}
+
+
 def test_several_csvs_are_one_catalog(tmp_path):
     for name, row in (("a1", "3,u,,p,x"), ("a2", "1,u,,p,y"), ("b", "2,u,,p,z")):
         (tmp_path / f"{name}.csv").write_text(HEADER + row)
