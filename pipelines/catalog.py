@@ -29,7 +29,7 @@ import pyarrow.csv
 from pipelines import storage, tars
 from pipelines.artifact import code
 from pipelines.config import CatalogConfig
-from pipelines.errors import UserError
+from pipelines.errors import UserError, shown
 
 COLUMNS = ("videoid", "name")
 BLOCK = 4 * 1024 * 1024  # bytes of a csv parsed at once
@@ -44,7 +44,7 @@ PROBLEMS = {
     "unsafe_name": "a name that is empty, or that would leave the folder of videos",
     "duplicate_id": "an earlier row has this videoid",
     "ragged_row": "the row of the csv has more or fewer fields than the header",
-    "damaged_tar": "the tar is empty, damaged or cut off here",
+    "damaged_tar": "the file is empty or no tar, or the tar is damaged or cut off here",
     "missing": "the tar has this sample's caption, but no video",
 }
 CODES = {problem: code for code, problem in enumerate(PROBLEMS)}
@@ -137,6 +137,7 @@ def read_catalog(config: CatalogConfig, default: str) -> Catalog:
     subset = _Subset(config.subset)
     if given["csv"]:
         files = _matching("csv", given["csv"], "a csv with the columns videoid and name")
+        copies = [_copied_csv(uri) for uri in files]
         for folder in folders:
             if storage.is_local(folder) and not storage.exists(folder):
                 raise UserError(
@@ -144,14 +145,17 @@ def read_catalog(config: CatalogConfig, default: str) -> Catalog:
                     f"the files of {given['csv'][0]} are looked for in it"
                 )
         roots.append(Root(folders, csv=True))
-        for uri in files:
-            tables += _read_csv(uri, subset)
+        for uri, (file, header) in zip(files, copies, strict=True):
+            tables += _read_csv(uri, file, header, subset)
     if given["tars"]:
         files = _matching("tars", given["tars"], "tar shards, for example /data/shards/*.tar")
         parents = sorted({_split(uri)[0] for uri in files})
         place = {parent: len(roots) + i for i, parent in enumerate(parents)}
         roots += (Root((parent,)) for parent in parents)
-        tables += _threaded(lambda uri: subset.of(_read_tar(uri, place[_split(uri)[0]])), files)
+        found = _threaded(lambda uri: _read_tar(uri, place[_split(uri)[0]], subset), files)
+        if all(begins for _, begins in found):
+            raise UserError(f"catalog.tars={files[0]}: is no tar; it begins with {found[0][1]}")
+        tables += (table for table, _ in found)
     for folder in given["folder"]:
         tables.append(subset.of(_read_folder(folder, len(roots))))
         roots.append(Root((folder,)))
@@ -195,15 +199,13 @@ def _named(key: str, uri: str) -> Iterator[None]:
     """What only the user can mend, by the key and the value that led to it; what may pass stays an OSError."""
     try:
         yield
-    except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        why = (
-            "is a folder, and a file is expected"
-            if isinstance(error, IsADirectoryError)
-            else f"cannot be read: {error}"
-        )
-        raise UserError(f"catalog.{key}={uri}: {' '.join(why.split())}") from None
+    except IsADirectoryError:
+        raise UserError(f"catalog.{key}={uri}: is a folder, and a file is expected") from None
     except OSError as error:
-        raise OSError(f"catalog.{key}={uri}: {error}") from error
+        said = " ".join(str(error).split()).removeprefix(f"{uri}: ")  # which storage has named already
+        if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
+            raise UserError(f"catalog.{key}={uri}: cannot be read: {said}") from None
+        raise OSError(f"catalog.{key}={uri}: {said}") from error
 
 
 def _is_utf8(name: str) -> bool:
@@ -227,11 +229,16 @@ def _threaded(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
 # csv
 
 
-def _read_csv(uri: str, subset: "_Subset") -> list[pa.Table]:
-    """By pyarrow, or where that refuses (a ragged row) by Python's csv, which tells the row from the others."""
+def _copied_csv(uri: str) -> tuple[Path, list[str]]:
+    """And its header: what is wrong there is said before anything else."""
     with _named("csv", uri):
         file = storage.kept_copy(uri)
-        header = _header(file, uri)
+        return file, _header(file, uri)
+
+
+def _read_csv(uri: str, file: Path, header: list[str], subset: "_Subset") -> list[pa.Table]:
+    """By pyarrow, or where that refuses (a ragged row) by Python's csv, which tells the row from the others."""
+    with _named("csv", uri):
         try:
             return [subset.of(_plausible(table, uri)) for table in _parse_fast(file, header)]
         except pa.ArrowInvalid:
@@ -247,13 +254,15 @@ def _plausible(table: pa.Table, uri: str) -> pa.Table:
 
 def _header(file: Path, uri: str) -> list[str]:
     header = next(_rows(file, uri), [])
+    if not header:
+        raise UserError(f"catalog.csv={uri}: is empty; its first row names columns, {' and '.join(COLUMNS)} among them")
     for column in COLUMNS:
         if header.count(column) > 1:
             raise UserError(f"catalog.csv={uri}: has the column {column} {header.count(column)} times")
     missing = [column for column in COLUMNS if column not in header]
     if missing:
-        found = ", ".join(header)[:200] or "none"
-        raise UserError(f"catalog.csv={uri}: has no column {', '.join(missing)}; found are {found!r}")
+        found = ascii(shown(", ".join(header))[:200])
+        raise UserError(f"catalog.csv={uri}: has no column {', '.join(missing)}; found are {found} in its first row")
     return header
 
 
@@ -356,17 +365,20 @@ def _csv_rows(videoids: pa.Array, pages: pa.Array | None, captions: pa.Array, ra
 # tars and folders
 
 
-def _read_tar(uri: str, root: int) -> pa.Table:
+def _read_tar(uri: str, root: int, subset: "_Subset") -> tuple[pa.Table, str]:
+    """And how the file begins, where it is no tar."""
+
     def samples() -> bytes:
         with storage.ranges(uri) as read_at:
             try:
-                return json.dumps(tars.samples(read_at)).encode()
+                return json.dumps([tars.samples(read_at), ""]).encode()
             except tars.Damaged:
-                raise UserError(f"catalog.tars={uri}: is no tar; it begins with {read_at(0, 24)!r}") from None
+                return json.dumps([[tars.Sample("", "", 0, -1, "damaged_tar")], repr(read_at(0, 24))]).encode()
 
     with _named("tars", uri):
-        found = [tars.Sample(*each) for each in json.loads(storage.kept_result(uri, code("pipelines.tars"), samples))]
-    return _table(
+        read, begins = json.loads(storage.kept_result(uri, code("pipelines.tars", "pipelines.catalog"), samples))
+    found = [tars.Sample(*each) for each in read]
+    table = _table(
         [tars.member_id(uri, sample.name) for sample in found],
         [sample.caption for sample in found],
         [_split(uri)[1]] * len(found),
@@ -375,6 +387,7 @@ def _read_tar(uri: str, root: int) -> pa.Table:
         [sample.size for sample in found],
         [CODES[sample.problem] for sample in found],
     )
+    return subset.of(table), begins
 
 
 def _read_folder(uri: str, root: int) -> pa.Table:
@@ -383,8 +396,8 @@ def _read_folder(uri: str, root: int) -> pa.Table:
     there = set(names)
     videos = [name for name in names if posixpath.splitext(name)[1].lower() in tars.VIDEOS]
     if not videos:
-        said = "there is no such folder, or it" if not names else f"of its {len(names)} files none"
-        raise UserError(f"catalog.folder={uri}: {said} has {', '.join(tars.VIDEOS)}")
+        said = f"of its {len(names)} files none has" if names else "there are no files below it; expected are"
+        raise UserError(f"catalog.folder={uri}: {said} {', '.join(tars.VIDEOS)}")
     stems = [posixpath.splitext(name)[0] for name in videos]
 
     def caption(stem: str) -> str:

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -134,7 +135,10 @@ def test_both_parsers_read_the_same(tmp_path):
     ("data", "says"),
     [
         ("a,b\n1,2\n", r"v\.csv: has no column videoid, name; found are 'a, b'"),
-        ("", r"v\.csv: has no column videoid, name; found are 'none'"),
+        ("a,b\n", r"v\.csv: has no column videoid, name; found are 'a, b' in its first row$"),
+        ("1,https://me:pw@h/x?sig=k,\x1b[2J\n", r"found are '1, https://h/x\?\.\.\., \\\\x1b\[2J' in its first row$"),
+        ("", r"v\.csv: is empty; its first row names columns, videoid and name among them$"),
+        ("\n\n", r"v\.csv: is empty; its first row"),
         (HEADER, r"v\.csv: holds no videos"),
         ("videoid,name,videoid\n1,x,2\n", r"v\.csv: has the column videoid 2 times"),
         (HEADER + '1,u,,p,"' + "x" * 200_000, r"v\.csv: is no csv .*is a quoted field left open\?"),
@@ -193,6 +197,7 @@ def test_a_file_or_pattern_that_nothing_matches_is_named(tmp_path, key):
     said = refused(**{key: f"{tmp_path}/*.none"})
     assert said.startswith(f"catalog.{key}={tmp_path}/*.none: no file matches; expected is ")
     assert re.search(rf"catalog\.{key}={tmp_path}: is a folder", refused(**{key: str(tmp_path)}, **there))
+    assert re.search(rf"catalog\.{key}={tmp_path}: is a folder", refused(**{key: str(tmp_path)}))
 
 
 def test_the_data_set_of_make_shapes_is_the_default(tmp_path):
@@ -392,12 +397,14 @@ def test_different_members_never_share_an_id(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"<html>404 Not Found</html>\n" * 100, b"", b"x" * 100, b"\x1f\x8b" + b"g" * 2000])
-def test_a_file_that_is_no_tar_is_refused_by_name(tmp_path, data):
-    make_tar(tmp_path / "0.tar", sample("a"))
+def test_a_file_that_is_no_tar_is_a_row_among_others_and_refused_by_name_alone(tmp_path, data):
     (tmp_path / "1.tar").write_bytes(data)
-    assert re.match(
-        rf"catalog\.tars={tmp_path}/1\.tar: is no tar; it begins with b'", refused(tars=f"{tmp_path}/*.tar")
-    )
+    said = refused(tars=f"{tmp_path}/*.tar")
+    assert said == f"catalog.tars={tmp_path}/1.tar: is no tar; it begins with {data[:24]!r}"
+    make_tar(tmp_path / "0.tar", sample("a"))
+    assert problems(read(tars=f"{tmp_path}/*.tar")) == {"0~a": "", "1": "damaged_tar"}
+    (tmp_path / "0.tar").write_bytes(data)
+    assert re.match(rf"catalog\.tars={tmp_path}/0\.tar: is no tar", refused(tars=f"{tmp_path}/*.tar"))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=["video first", "video last"])
@@ -507,6 +514,9 @@ def test_a_file_whose_name_is_not_utf8_is_unsafe(tmp_path):
 
 
 def test_a_folder_that_is_not_there_or_has_no_videos_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    said = refused(folder=f"{tmp_path}/empty")
+    assert said.startswith(f"catalog.folder={tmp_path}/empty: there are no files below it; expected are .mp4, .webm")
     (tmp_path / "a.txt").touch()
     assert "cannot be read: [Errno 2]" in refused(folder=f"{tmp_path}/none")
     assert "of its 1 files none has .mp4, .webm" in refused(folder=str(tmp_path))
@@ -542,6 +552,19 @@ def test_what_may_not_be_read_is_one_line(key):
             said = refused(**{key: str(given)}, **({"videos": name} if key == "csv" else {}))
         where.chmod(stat.S_IRWXU)
     assert said.startswith(f"catalog.{key}={given}: cannot be read: [Errno 13] Permission denied")
+
+
+def test_an_address_that_does_not_answer_is_named_once(monkeypatch):
+    import fsspec
+
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{gone.getsockname()[1]}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(OSError, match=r"^catalog\.folder=s3://b/videos: Could not connect"):
+        read(folder="s3://b/videos")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def test_the_first_row_with_an_id_keeps_it(tmp_path):
