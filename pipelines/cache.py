@@ -43,6 +43,7 @@ from pipelines.watch import Watch
 KIND, SNAPSHOT = "latent cache", "snapshot"
 LATEST = "latest.json"
 INDEX, PLAN, REJECTS = "index.arrow", "plan.arrow", "rejects.jsonl"
+ROWS = 65536  # of a catalog, as Python's objects at once
 FIRST = 1000  # videos among which one that is there is looked for
 CODE = (
     *("pipelines.clips", "pipelines.views", "pipelines.video", "pipelines.decoding"),
@@ -115,7 +116,7 @@ def build_cache(config: Config) -> Cache:
             "Run the same command again, or accept them with cache.accept_transient=true"
         )
     watch.keep()
-    _finish(folder, snapshot, plan, config.cache.views_per_video)
+    _finish(folder, snapshot, catalog, plan, config.cache.views_per_video)
     cache = _latest(folder.uri, name)
     watch.finish({"cache": cache.uri, "cache_fingerprint": cache.fingerprint}, cache.counts)
     return cache
@@ -231,9 +232,9 @@ def part_names(plan: pa.Table) -> list[str]:
 
 def hashes_of(catalog: Catalog) -> np.ndarray:
     """Of what a row says of its video, wherever the file lies."""
-    told = catalog.table.select(["videoid", "caption", "problem"]).to_pandas()
-    hashes: np.ndarray = pd.util.hash_pandas_object(told, index=False).to_numpy()
-    return hashes
+    told = catalog.table.select(["videoid", "caption", "problem", "extra"])
+    slices = (told.slice(start, ROWS).to_pandas() for start in range(0, len(told), ROWS))
+    return np.concatenate([pd.util.hash_pandas_object(rows, index=False).to_numpy() for rows in slices])
 
 
 # -- making them -----------------------------------------------------------------------------------------------------
@@ -275,15 +276,17 @@ def _examples(catalog: Catalog) -> Iterable[str]:
             yield from islice(found, 1)
 
 
-def _finish(folder: Artifact, snapshot: Artifact, plan: pa.Table, views: int) -> None:
+def _finish(folder: Artifact, snapshot: Artifact, catalog: Catalog, plan: pa.Table, views: int) -> None:
     """The index, the rejects table, the counts, and last the manifest."""
     names = part_names(plan)
     videos = np.bincount(plan["part"].to_numpy(), minlength=len(names))
+    order, ends = np.argsort(plan["part"].to_numpy(), kind="stable"), np.cumsum(videos)
     parts, tables, rejects = [], [], []
     uris = (folder.path("parts", f"{name}.index") for name in names)
     for number, (name, table) in enumerate(zip(names, tables_of(uris), strict=True)):
         said = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
-        rejects += json.loads(said["rejects"])
+        rows = order[ends[number] - videos[number] : ends[number]]
+        rejects += catalog.with_sources(json.loads(said["rejects"]), rows)
         digests = {key: said[key] for key in ("sha256", "moments_sha256")}
         counted = {"clips": len(table), "videos": int(videos[number]), "bytes": int(said["bytes"])}
         parts.append({"name": name, **digests, **counted, "tensors": json.loads(said["tensors"])})

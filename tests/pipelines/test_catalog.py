@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 
 from pipelines.catalog import PROBLEMS, Catalog, Video, read_catalog
@@ -66,9 +67,8 @@ def test_rows_are_sorted_by_id_and_quoted_captions_kept(tmp_path):
 def test_a_file_is_looked_for_in_its_page_folder_first_and_in_every_folder_of_videos(tmp_path):
     (tmp_path / "v.csv").write_text(HEADER + "1,u,,p/q,x\n2,u,,,y\n")
     with_page, without = videos_of(read(csv=str(tmp_path / "v.csv"), videos=["s3://bucket/a/", str(tmp_path)]))
-    assert with_page == Video(
-        "1", "x", ("s3://bucket/a/p/q/1.mp4", "s3://bucket/a/1.mp4", f"{tmp_path}/p/q/1.mp4", f"{tmp_path}/1.mp4")
-    )
+    sources = ("s3://bucket/a/p/q/1.mp4", "s3://bucket/a/1.mp4", f"{tmp_path}/p/q/1.mp4", f"{tmp_path}/1.mp4")
+    assert with_page == Video("1", "x", sources, extra='{"contentUrl": "u"}')
     assert without.sources == ("s3://bucket/a/2.mp4", f"{tmp_path}/2.mp4")
 
 
@@ -249,6 +249,64 @@ def test_a_name_that_would_leave_the_folder_is_unsafe_and_has_no_source(tmp_path
 )
 def test_an_ordinary_name_is_safe(tmp_path, videoid, page_dir):
     assert problems(catalog(tmp_path, f"{HEADER}{videoid},u,,{page_dir},x\n")) == {videoid: ""}
+
+
+def extras(catalog: Catalog) -> dict[str, str]:
+    return {v.videoid: v.extra for v in videos_of(catalog)}
+
+
+@pytest.mark.parametrize("tail", ["", "ragged\n"], ids=["fast", "row by row"])
+def test_other_columns_are_kept_as_json_of_sorted_keys(tmp_path, tail):
+    rows = 'z,videoid,,a,page_dir,name\n"1 ""\n",1,0,\u00e9\x01,p,x\n,2,0,,p,x\n'
+    found = extras(catalog(tmp_path, rows + tail))
+    assert (found["1"], found["2"]) == ('{"a": "\u00e9\\u0001", "z": "1 \\"\\n"}', "")
+
+
+@pytest.mark.parametrize(
+    ("data", "extra"),
+    [
+        (b'{"z": NaN, "a": [1, "\\ud83d"]}', '{"a": [1, "?"], "z": null}'),
+        (b'{"caption": "c"}', '{"caption": "c"}'),
+        (b"{}", ""),
+        (b"[1]", ""),
+        (b"{broken", ""),
+    ],
+)
+def test_the_fields_of_a_json_are_kept_beside_any_caption(tmp_path, data, extra):
+    make_tar(tmp_path / "t.tar", [("k.mp4", b"v"), ("k.txt", b"said"), ("k.json", data), ("j.json", data)])
+    found = read(tars=f"{tmp_path}/t.tar")
+    assert captions(found)["t~k"] == "said"
+    assert extras(found) == {"t~k": extra, "t~j": extra}
+
+
+def test_what_is_rejected_tells_where_it_stands(tmp_path):
+    (tmp_path / "a.csv").write_text(HEADER + "one,u,,p,x\n" + "bad,u,,..,x\n")
+    (tmp_path / "b.csv").write_text(HEADER + '0,u,,p,"x\ny"\n' + "one,u,,p,x\none,u,,q,y\nragged\n")
+    make_tar(tmp_path / "t.tar", [*sample("k"), ("in/l.txt", b"no video"), ("../up \x1b.mp4", b"v")])
+    (tmp_path / "u.tar").write_bytes(b"")
+    make_folder(tmp_path / "set")
+    (tmp_path / "set" / os.fsdecode(b"\xe9.mp4")).write_bytes(b"v")
+    csvs = [f"{tmp_path}/a.csv", f"{tmp_path}/b.csv"]
+    found = read(
+        csv=csvs, videos=["s3://me:pass@b/v", str(tmp_path)], tars=f"{tmp_path}/*.tar", folder=f"{tmp_path}/set"
+    )
+    rows = [(i, v) for i, v in enumerate(videos_of(found)) if v.problem or v.videoid in ("one", "t~k")]
+    rejects = [{"videoid": v.videoid, "reason": v.problem or "damaged"} for _, v in rows]
+    told = found.with_sources(rejects, np.array([i for i, _ in rows]))
+    assert [(r["videoid"], r["reason"], r["source"].replace(str(tmp_path), "")) for r in told] == [
+        ("%E9", "unsafe_name", "/set/?.mp4"),
+        ("bad", "unsafe_name", "/a.csv row 3"),
+        ("four", "duplicate_id", "/set/four.mp4"),
+        ("one", "damaged", "s3://b/v/p/one.mp4 or s3://b/v/one.mp4 or /p/one.mp4 or /one.mp4"),
+        ("one", "duplicate_id", "/b.csv row 3"),
+        ("one", "duplicate_id", "/b.csv row 4"),
+        ("one", "duplicate_id", "/set/one.mp4"),
+        ("ragged", "ragged_row", "/b.csv row 5"),
+        ("t~..~up%20%1B", "unsafe_name", r"/t.tar: ../up \x1b"),
+        ("t~in~l", "missing", "/t.tar: in/l"),
+        ("t~k", "damaged", "/t.tar"),
+        ("u", "damaged_tar", "/u.tar"),
+    ]
 
 
 # tars
