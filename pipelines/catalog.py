@@ -439,7 +439,7 @@ def _read_tar(uri: str, root: int, subset: "_Subset") -> tuple[pa.Table, str]:
                 return json.dumps([[tars.Sample("", "", 0, -1, "damaged_tar")], repr(read_at(0, 24))]).encode()
 
     with _named("tars", uri):
-        read, begins = json.loads(storage.kept_result(uri, code("pipelines.tars", "pipelines.catalog"), samples))
+        read, begins = json.loads(storage.kept_result(uri, code("pipelines.tars"), samples))
     found = [tars.Sample(*each) for each in read]
     table = _table(
         videoid=[tars.member_id(uri, sample.name) for sample in found],
