@@ -42,6 +42,7 @@ from pipelines.watch import Watch
 KIND, SNAPSHOT = "latent cache", "snapshot"
 LATEST = "latest.json"
 INDEX, PLAN, REJECTS = "index.arrow", "plan.arrow", "rejects.jsonl"
+ROWS = 65536  # of a catalog, as Python's objects at once
 FIRST = 200  # videos among which one that is there is looked for
 FEW = 10  # of which none need be
 CODE = (
@@ -115,7 +116,7 @@ def build_cache(config: Config) -> Cache:
             "Run the same command again, or accept them with cache.accept_transient=true"
         )
     watch.keep()
-    _finish(folder, snapshot, plan, config.cache.views_per_video)
+    _finish(folder, snapshot, catalog, plan, config.cache.views_per_video)
     cache = _latest(folder.uri, name)
     watch.finish({"cache": cache.uri, "cache_fingerprint": cache.fingerprint}, cache.counts)
     return cache
@@ -233,9 +234,9 @@ def part_names(plan: pa.Table) -> list[str]:
 
 def hashes_of(catalog: Catalog) -> np.ndarray:
     """Of what a row says of its video, wherever the file lies."""
-    told = catalog.table.select(["videoid", "caption", "problem"]).to_pandas()
-    hashes: np.ndarray = pd.util.hash_pandas_object(told, index=False).to_numpy()
-    return hashes
+    told = catalog.table.select(["videoid", "caption", "problem", "extra"])
+    slices = (told.slice(start, ROWS).to_pandas() for start in range(0, len(told), ROWS))
+    return np.concatenate([pd.util.hash_pandas_object(rows, index=False).to_numpy() for rows in slices])
 
 
 # -- making them -----------------------------------------------------------------------------------------------------
@@ -274,10 +275,11 @@ def some_of(catalog: Catalog, rows: np.ndarray) -> list[str]:
 
     What is missing stays missing, so that a folder which is misspelt or not mounted would be found out too late.
     """
-    found, table = [], catalog.table.take(rows)
+    found, root_of = [], catalog.table["root"].to_numpy()[rows]
     for number, root in enumerate(catalog.roots):
-        own = replace(catalog, table=table.filter(pc.equal(table["root"], number)))
-        sources = [video.sources for video in own.videos(0, FIRST) if video.sources]
+        own = rows[root_of == number]
+        looked_for = replace(catalog, table=catalog.table.take(own[:FIRST])).videos(0, FIRST)
+        sources = [video.sources for video in looked_for if video.sources]
         local, remote = ([each for each in root.folders if storage.is_local(each) == kind] for kind in (True, False))
         there = [first for folder in local if (first := _first_below(folder, sources))]
         many = len(sources) >= FEW or (sources and len(own) == len(catalog))
@@ -296,15 +298,17 @@ def _first_below(folder: str, sources: list[tuple[str, ...]]) -> str | None:
     return next(filter(storage.exists, named), None)
 
 
-def _finish(folder: Artifact, snapshot: Artifact, plan: pa.Table, views: int) -> None:
+def _finish(folder: Artifact, snapshot: Artifact, catalog: Catalog, plan: pa.Table, views: int) -> None:
     """The index, the rejects table, the counts, and last the manifest."""
     names = part_names(plan)
     videos = np.bincount(plan["part"].to_numpy(), minlength=len(names))
+    order, ends = np.argsort(plan["part"].to_numpy(), kind="stable"), np.cumsum(videos)
     parts, tables, rejects = [], [], []
     uris = (folder.path("parts", f"{name}.index") for name in names)
     for number, (name, (digest, table)) in enumerate(zip(names, tables_of(uris), strict=True)):
         said = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
-        rejects += json.loads(said["rejects"])
+        rows = order[ends[number] - videos[number] : ends[number]]
+        rejects += catalog.with_sources(json.loads(said["rejects"]), rows)
         digests = {"index_sha256": digest} | {key: said[key] for key in ("sha256", "moments_sha256")}
         counted = {"clips": len(table), "videos": int(videos[number]), "bytes": int(said["bytes"])}
         parts.append({"name": name, **digests, **counted, "tensors": json.loads(said["tensors"])})

@@ -8,16 +8,19 @@ there without extension, `cats~one`. In the last two / is ~, and what is not a l
 
 import csv
 import hashlib
+import io
 import json
 import posixpath
 import re
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -27,12 +30,13 @@ import pyarrow.csv
 from pipelines import storage, tars
 from pipelines.artifact import code
 from pipelines.config import CatalogConfig
-from pipelines.errors import UserError
+from pipelines.errors import UserError, shown
 
 COLUMNS = ("videoid", "name")
-BLOCK = 4 * 1024 * 1024  # bytes of a csv parsed at once
+BLOCK = 1 * 1024 * 1024  # bytes of a csv parsed at once
 BATCH = 65536  # rows handled at once
 LONGEST = 131072  # bytes of a caption: more are rows that an open quote has swallowed
+END = "\0the end of the csv\0"  # as a row behind the last one: what is still open there has swallowed it
 THREADS = 16  # that wait for a disk or for S3
 
 # Why a video is rejected without being looked at.
@@ -41,7 +45,7 @@ PROBLEMS = {
     "unsafe_name": "a name that is empty, or that would leave the folder of videos",
     "duplicate_id": "an earlier row has this videoid",
     "ragged_row": "the row of the csv has more or fewer fields than the header",
-    "damaged_tar": "the tar is empty, damaged or cut off here",
+    "damaged_tar": "the file is empty or no tar, or the tar is damaged or cut off here",
     "missing": "the tar has this sample's caption, but no video",
 }
 CODES = {problem: code for code, problem in enumerate(PROBLEMS)}
@@ -52,13 +56,18 @@ SCHEMA = pa.schema(
     {
         "videoid": pa.large_string(),
         "caption": pa.large_string(),
+        "extra": pa.large_string(),  # whatever else is said of it, in JSON
         "place": pa.dictionary(pa.int32(), pa.large_string()),  # under its root: a page folder, a tar, or the file
         "root": pa.int32(),
         "offset": pa.int64(),
         "size": pa.int64(),
         "problem": pa.int8(),
+        "file": pa.int32(),  # of the csvs
+        "row": pa.int32(),  # in that csv, whose header is row 1
     }
 )
+
+WHERE = ("place", "root", "file", "row")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -74,6 +83,7 @@ class Video:
     offset: int = 0  # in that file, of a tar's member
     size: int = -1  # -1: the whole file
     problem: str = ""  # why it is rejected without being looked at, one of PROBLEMS
+    extra: str = ""  # in JSON: the csv's other columns, or the .json of a tar's sample
 
 
 class Root(NamedTuple):
@@ -89,6 +99,7 @@ class Catalog:
     digest: str  # of the rows and of where each stands in its root, not of where the roots are
     source: str
     roots: tuple[Root, ...]
+    csvs: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -102,7 +113,40 @@ class Catalog:
         columns = self.table.slice(start, max(0, stop - start)).to_pydict()
         return [self._video(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
-    def _video(self, videoid: str, caption: str, place: str, root: int, offset: int, size: int, problem: str) -> Video:
+    def with_sources(self, rejects: list[dict[str, Any]], rows: np.ndarray) -> list[dict[str, Any]]:
+        """Rejects of these rows, each with the place to look at: where its file may stand, or what names it so."""
+        chosen = replace(self, table=self.table.take(rows))
+        found: defaultdict[tuple[str, str], deque[str]] = defaultdict(deque)
+        named = zip(chosen.videos(0, len(rows)), *(chosen.table[name].to_pylist() for name in WHERE), strict=True)
+        for video, *where in named if rejects else ():
+            said = self._named_by(video, *where) if video.problem else " or ".join(video.sources)
+            found[video.videoid, video.problem].append(shown(said))
+        told = []
+        for reject in rejects:
+            sources = found[reject["videoid"], reject["reason"]] or found[reject["videoid"], ""]
+            told.append(reject | {"source": sources.popleft() if sources else ""})
+        return told
+
+    def _named_by(self, video: Video, place: str, root: int, file: int, row: int) -> str:
+        folders, is_csv = self.roots[root]
+        if is_csv:
+            return f"{self.csvs[file]} row {row}"
+        member = unquote(video.videoid.partition("~")[2].replace("~", "/"))
+        is_tar = posixpath.splitext(place)[1].lower() not in tars.VIDEOS
+        return f"{folders[0].rstrip('/')}/{place}" + (f": {member}" if is_tar and member else "")
+
+    def _video(
+        self,
+        videoid: str,
+        caption: str,
+        extra: str,
+        place: str,
+        root: int,
+        offset: int,
+        size: int,
+        problem: str,
+        **where: int,
+    ) -> Video:
         folders, is_csv = self.roots[root]
         names = [place]
         if is_csv:
@@ -111,7 +155,7 @@ class Catalog:
             names = []
         # Not posixpath.join, which would let a name with a leading / take the folder's place.
         sources = tuple(f"{folder.rstrip('/')}/{name}" for folder in folders for name in names)
-        return Video(videoid, caption, sources, offset, size, problem)
+        return Video(videoid, caption, sources, offset, size, problem, extra)
 
 
 def read_catalog(config: CatalogConfig, default: str) -> Catalog:
@@ -131,9 +175,11 @@ def read_catalog(config: CatalogConfig, default: str) -> Catalog:
 
     tables: list[pa.Table] = []
     roots: list[Root] = []
+    csvs: list[str] = []
     subset = _Subset(config.subset)
     if given["csv"]:
-        files = _matching("csv", given["csv"], "a csv with the columns videoid and name")
+        csvs = _matching("csv", given["csv"], "a csv with the columns videoid and name")
+        copies = [_copied_csv(uri) for uri in csvs]
         for folder in folders:
             if storage.is_local(folder) and not storage.exists(folder):
                 raise UserError(
@@ -141,25 +187,27 @@ def read_catalog(config: CatalogConfig, default: str) -> Catalog:
                     f"the files of {given['csv'][0]} are looked for in it"
                 )
         roots.append(Root(folders, csv=True))
-        for uri in files:
-            tables += _read_csv(uri, subset)
+        for number, (file, header) in enumerate(copies):
+            tables += _read_csv(csvs[number], file, header, subset, number)
     if given["tars"]:
         files = _matching("tars", given["tars"], "tar shards, for example /data/shards/*.tar")
         parents = sorted({_split(uri)[0] for uri in files})
         place = {parent: len(roots) + i for i, parent in enumerate(parents)}
         roots += (Root((parent,)) for parent in parents)
-        tables += _threaded(lambda uri: subset.of(_read_tar(uri, place[_split(uri)[0]])), files)
+        found = _threaded(lambda uri: _read_tar(uri, place[_split(uri)[0]], subset), files)
+        if all(begins for _, begins in found):
+            raise UserError(f"catalog.tars={files[0]}: is no tar; it begins with {found[0][1]}")
+        tables += (table for table, _ in found)
     for folder in given["folder"]:
         tables.append(subset.of(_read_folder(folder, len(roots))))
         roots.append(Root((folder,)))
 
-    table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-    if not table.num_rows:
+    if not any(table.num_rows for table in tables):
         chosen = f" of which catalog.subset={config.subset} leaves any" if config.subset else ""
         raise UserError(f"{source}: holds no videos{chosen}")
-    del tables
-    table = _sorted(table, config.limit)
-    return Catalog(table, _digest(table), source, tuple(roots))
+    tables = [pa.concat_tables(tables)]
+    table = _sorted(tables.pop(), config.limit)  # which nobody else holds
+    return Catalog(table, _digest(table), source, tuple(roots), tuple(csvs))
 
 
 def _many(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -192,15 +240,13 @@ def _named(key: str, uri: str) -> Iterator[None]:
     """What only the user can mend, by the key and the value that led to it; what may pass stays an OSError."""
     try:
         yield
-    except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        why = (
-            "is a folder, and a file is expected"
-            if isinstance(error, IsADirectoryError)
-            else f"cannot be read: {error}"
-        )
-        raise UserError(f"catalog.{key}={uri}: {' '.join(why.split())}") from None
+    except IsADirectoryError:
+        raise UserError(f"catalog.{key}={uri}: is a folder, and a file is expected") from None
     except OSError as error:
-        raise OSError(f"catalog.{key}={uri}: {error}") from error
+        said = " ".join(str(error).split()).removeprefix(f"{uri}: ")  # which storage has named already
+        if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
+            raise UserError(f"catalog.{key}={uri}: cannot be read: {said}") from None
+        raise OSError(f"catalog.{key}={uri}: {said}") from error
 
 
 def _is_utf8(name: str) -> bool:
@@ -224,15 +270,28 @@ def _threaded(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
 # csv
 
 
-def _read_csv(uri: str, subset: "_Subset") -> list[pa.Table]:
-    """By pyarrow, or where that refuses (a ragged row) by Python's csv, which tells the row from the others."""
+def _copied_csv(uri: str) -> tuple[Path, list[str]]:
+    """And its header: what is wrong there is said before anything else."""
     with _named("csv", uri):
         file = storage.kept_copy(uri)
-        header = _header(file, uri)
+        return file, _header(file, uri)
+
+
+def _read_csv(uri: str, file: Path, header: list[str], subset: "_Subset", number: int) -> list[pa.Table]:
+    """By pyarrow, or where that refuses (a ragged row) by Python's csv, which tells the row from the others."""
+
+    def read(parsed: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
+        row = 2
+        for columns in parsed:
+            table = _csv_rows(columns, file=number, row=np.arange(row, row + len(columns["videoid"])))
+            row += len(table)
+            yield subset.of(_plausible(table, uri))
+
+    with _named("csv", uri):
         try:
-            return [subset.of(_plausible(table, uri)) for table in _parse_fast(file, header)]
+            return list(read(_parse_fast(file, header)))
         except pa.ArrowInvalid:
-            return [subset.of(_plausible(table, uri)) for table in _parse_row_by_row(file, header, uri)]
+            return list(read(_parse_row_by_row(file, header, uri)))
 
 
 def _plausible(table: pa.Table, uri: str) -> pa.Table:
@@ -243,52 +302,80 @@ def _plausible(table: pa.Table, uri: str) -> pa.Table:
 
 
 def _header(file: Path, uri: str) -> list[str]:
-    with _text(file) as lines, _one_line(uri):
-        header = next((row for row in csv.reader(lines) if row), [])
+    header = next(_rows(file, uri), [])
+    if not header:
+        raise UserError(f"catalog.csv={uri}: is empty; its first row names columns, {' and '.join(COLUMNS)} among them")
     for column in COLUMNS:
         if header.count(column) > 1:
             raise UserError(f"catalog.csv={uri}: has the column {column} {header.count(column)} times")
     missing = [column for column in COLUMNS if column not in header]
     if missing:
-        found = ", ".join(header)[:200] or "none"
-        raise UserError(f"catalog.csv={uri}: has no column {', '.join(missing)}; found are {found!r}")
+        found = ascii(shown(", ".join(header))[:200])
+        raise UserError(f"catalog.csv={uri}: has no column {', '.join(missing)}; found are {found} in its first row")
     return header
 
 
-def _text(file: Path) -> Any:
-    return file.open(encoding="utf-8-sig", errors="replace", newline="")
-
-
-@contextmanager
-def _one_line(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except csv.Error as error:
-        raise _open_quote(uri, str(error)) from None
+def _rows(file: Path, uri: str) -> Iterator[list[str]]:
+    """Those that are not empty, the header first."""
+    number = 0
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        try:
+            for row in csv.reader(chain(lines, [END])):
+                number += bool(row)
+                if row and row[-1].endswith(END):
+                    if row != [END]:
+                        raise _open_quote(uri, f"row {number} opens a quote that nothing closes")
+                    return
+                if row:
+                    yield row
+        except csv.Error as error:
+            raise _open_quote(uri, f"row {number + 1}: {error}") from None
 
 
 def _open_quote(uri: str, found: str) -> UserError:
     return UserError(f"catalog.csv={uri}: is no csv ({found}); is a quoted field left open?")
 
 
-def _parse_fast(file: Path, header: list[str]) -> Iterator[pa.Table]:
-    wanted = {name: f"f{header.index(name)}" for name in ("videoid", "name", "page_dir") if name in header}
-    with pa.OSFile(str(file)) as stream:
+def _parse_fast(file: Path, header: list[str]) -> Iterator[dict[str, pa.Array]]:
+    """Columns by their names."""
+    wanted = {name: f"f{i}" for i, name in enumerate(header) if name}
+    end = ",".join(END if name == "videoid" else "" for name in header)
+    with file.open("rb") as stream:
         batches = pyarrow.csv.open_csv(
-            stream,
+            _Followed(stream, f"\n{end}\n".encode()),
             # The header is read as a row, so that no name in it, twice or not UTF-8, is a reason to refuse.
-            pyarrow.csv.ReadOptions(autogenerate_column_names=True, block_size=BLOCK),
+            pyarrow.csv.ReadOptions(autogenerate_column_names=True, block_size=BLOCK, use_threads=False),
             pyarrow.csv.ParseOptions(newlines_in_values=True),
             pyarrow.csv.ConvertOptions(
                 include_columns=list(wanted.values()), column_types=dict.fromkeys(wanted.values(), pa.binary())
             ),
         )
-        is_header = True
+        is_header, ended = True, False
         for batch in batches:
-            batch = batch.slice(1) if is_header and batch.num_rows else batch
-            is_header = is_header and not batch.num_rows
+            if is_header and batch.num_rows:
+                batch, is_header = batch.slice(1), False
             columns = {name: _decoded(batch[column]) for name, column in wanted.items()}
-            yield _csv_rows(columns["videoid"], columns.get("page_dir"), columns["name"])
+            if batch.num_rows and columns["videoid"][-1].as_py() == END:
+                columns, ended = {name: column[:-1] for name, column in columns.items()}, True
+            yield columns
+    if not ended:
+        raise pa.ArrowInvalid("a quote is open")
+
+
+class _Followed(io.RawIOBase):
+    """A file with something behind it."""
+
+    def __init__(self, file: BinaryIO, then: bytes) -> None:
+        self._file, self._then = file, then
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if data := self._file.read(size):
+            return data
+        data, self._then = self._then[:size], self._then[size:]
+        return data
 
 
 def _decoded(column: pa.Array) -> pa.Array:
@@ -298,58 +385,73 @@ def _decoded(column: pa.Array) -> pa.Array:
         return pa.array([value.decode("utf-8", "replace") for value in column.to_pylist()], pa.large_string())
 
 
-def _parse_row_by_row(file: Path, header: list[str], uri: str) -> Iterator[pa.Table]:
-    places = [header.index(name) if name in header else -1 for name in ("videoid", "page_dir", "name")]
-    rows: list[tuple[str, ...]] = []
-    ragged: list[bool] = []
-    with _text(file) as lines, _one_line(uri):
-        reader = (row for row in csv.reader(lines) if row)
-        next(reader)
-        for row in reader:
-            rows.append(tuple(row[i] if 0 <= i < len(row) else "" for i in places))
-            ragged.append(len(row) != len(header))
-            if len(rows) == BATCH:
-                yield _csv_rows(*_columns(rows), ragged=ragged)
-                rows, ragged = [], []
-    yield _csv_rows(*_columns(rows), ragged=ragged)
+def _parse_row_by_row(file: Path, header: list[str], uri: str) -> Iterator[dict[str, Any]]:
+    rows = islice(_rows(file, uri), 1, None)
+    while batch := list(islice(rows, BATCH)):
+        ragged = np.array([len(row) != len(header) for row in batch])
+        whole = [[*row, *[""] * len(header)] for row in batch]
+        columns = {
+            name: pa.array([row[i] for row in whole], pa.large_string()) for i, name in enumerate(header) if name
+        }
+        yield columns | {"": ragged}
 
 
-def _columns(rows: list[tuple[str, ...]]) -> tuple[pa.Array, pa.Array, pa.Array]:
-    videoids, pages, captions = (pa.array([row[i] for row in rows], pa.large_string()) for i in range(3))
-    return videoids, pages, captions
-
-
-def _csv_rows(videoids: pa.Array, pages: pa.Array | None, captions: pa.Array, ragged: Any = False) -> pa.Table:
+def _csv_rows(columns: dict[str, Any], **where: Any) -> pa.Table:
+    """`columns` by their names; without one, which rows are ragged."""
+    videoids, captions, ragged = columns.pop("videoid"), columns.pop("name"), columns.pop("", False)
     unsafe = pc.match_substring_regex(videoids, UNSAFE_ID)
-    if pages is None:
-        pages = pa.repeat(pa.scalar("", pa.large_string()), len(videoids))
+    pages = columns.pop("page_dir", pa.repeat(pa.scalar("", pa.large_string()), len(videoids)))
     unsafe = pc.or_(unsafe, pc.match_substring_regex(pages, UNSAFE_PAGE))
     problems = np.where(unsafe, CODES["unsafe_name"], np.where(ragged, CODES["ragged_row"], 0)).astype(np.int8)
-    return _table(videoids, captions, pages, 0, 0, -1, problems)
+    extra = _extra(columns) if columns else [""] * len(videoids)
+    return _table(
+        videoid=videoids,
+        caption=captions,
+        extra=extra,
+        place=pages,
+        root=0,
+        offset=0,
+        size=-1,
+        problem=problems,
+        **where,
+    )
+
+
+def _extra(columns: dict[str, pa.Array]) -> list[str]:
+    """Of each row the fields that are not empty: always the same text for the same fields."""
+    names = sorted(columns)
+    rows = zip(*(columns[name].to_pylist() for name in names), strict=True)
+    told = ({name: value for name, value in zip(names, row, strict=True) if value} for row in rows)
+    return [tars.to_json(fields) for fields in told]
 
 
 # tars and folders
 
 
-def _read_tar(uri: str, root: int) -> pa.Table:
+def _read_tar(uri: str, root: int, subset: "_Subset") -> tuple[pa.Table, str]:
+    """And how the file begins, where it is no tar."""
+
     def samples() -> bytes:
         with storage.ranges(uri) as read_at:
             try:
-                return json.dumps(tars.samples(read_at)).encode()
+                return json.dumps([tars.samples(read_at), ""]).encode()
             except tars.Damaged:
-                raise UserError(f"catalog.tars={uri}: is no tar; it begins with {read_at(0, 24)!r}") from None
+                return json.dumps([[tars.Sample("", "", 0, -1, "damaged_tar")], repr(read_at(0, 24))]).encode()
 
     with _named("tars", uri):
-        found = [tars.Sample(*each) for each in json.loads(storage.kept_result(uri, code("pipelines.tars"), samples))]
-    return _table(
-        [tars.member_id(uri, sample.name) for sample in found],
-        [sample.caption for sample in found],
-        [_split(uri)[1]] * len(found),
-        root,
-        [sample.offset for sample in found],
-        [sample.size for sample in found],
-        [CODES[sample.problem] for sample in found],
+        read, begins = json.loads(storage.kept_result(uri, code("pipelines.tars"), samples))
+    found = [tars.Sample(*each) for each in read]
+    table = _table(
+        videoid=[tars.member_id(uri, sample.name) for sample in found],
+        caption=[sample.caption for sample in found],
+        extra=[sample.extra for sample in found],
+        place=[_split(uri)[1]] * len(found),
+        root=root,
+        offset=[sample.offset for sample in found],
+        size=[sample.size for sample in found],
+        problem=[CODES[sample.problem] for sample in found],
     )
+    return subset.of(table), begins
 
 
 def _read_folder(uri: str, root: int) -> pa.Table:
@@ -358,8 +460,8 @@ def _read_folder(uri: str, root: int) -> pa.Table:
     there = set(names)
     videos = [name for name in names if posixpath.splitext(name)[1].lower() in tars.VIDEOS]
     if not videos:
-        said = "there is no such folder, or it" if not names else f"of its {len(names)} files none"
-        raise UserError(f"catalog.folder={uri}: {said} has {', '.join(tars.VIDEOS)}")
+        said = f"of its {len(names)} files none has" if names else "there are no files below it; expected are"
+        raise UserError(f"catalog.folder={uri}: {said} {', '.join(tars.VIDEOS)}")
     stems = [posixpath.splitext(name)[0] for name in videos]
 
     def caption(stem: str) -> str:
@@ -369,24 +471,24 @@ def _read_folder(uri: str, root: int) -> pa.Table:
             return tars.text(storage.read(file))
 
     return _table(
-        [tars.escaped(stem) for stem in stems],
-        _threaded(caption, stems),
-        [name.encode("utf-8", "replace").decode() for name in videos],
-        root,
-        0,
-        -1,
-        [0 if _is_utf8(name) else CODES["unsafe_name"] for name in videos],
+        videoid=[tars.escaped(stem) for stem in stems],
+        caption=_threaded(caption, stems),
+        extra=[""] * len(stems),
+        place=[name.encode("utf-8", "replace").decode() for name in videos],
+        root=root,
+        offset=0,
+        size=-1,
+        problem=[0 if _is_utf8(name) else CODES["unsafe_name"] for name in videos],
     )
 
 
-def _table(videoids: Any, captions: Any, places: Any, root: int, offsets: Any, sizes: Any, problems: Any) -> pa.Table:
+def _table(**given: Any) -> pa.Table:
     """Columns from arrays, lists, or one number for all rows."""
-    given = dict(zip(SCHEMA.names, (videoids, captions, places, root, offsets, sizes, problems), strict=True))
     columns = []
     for field in SCHEMA:
-        values = given[field.name]
+        values = given.get(field.name, 0)
         if isinstance(values, int):
-            values = np.full(len(videoids), values)
+            values = np.full(len(given["videoid"]), values)
         if field.name == "place":
             columns.append(pa.array(values, pa.large_string()).dictionary_encode())
         else:
@@ -422,8 +524,11 @@ def _sorted(table: pa.Table, limit: int | None) -> pa.Table:
     order = pc.sort_indices(table["videoid"])[:limit]
     columns = {}
     for name in SCHEMA.names:
-        columns[name] = pc.take(table[name], order).combine_chunks()
+        column = table[name].combine_chunks()
         table = table.drop_columns([name])
+        columns[name] = pc.take(column, order)
+        del column
+        pa.default_memory_pool().release_unused()  # or each column's memory would be kept for others
     columns["problem"] = _with_duplicates(columns["videoid"], columns["problem"])
     return pa.table(columns)
 
@@ -440,10 +545,10 @@ def _with_duplicates(videoids: pa.Array, codes: pa.Array) -> pa.Array:
 
 
 def _digest(table: pa.Table) -> str:
-    """Of every column but `root`, whatever the chunks and dictionaries."""
+    """Of what a row says and its place below its root, whatever the chunks and dictionaries."""
     digest = hashlib.sha256()
     for start in range(0, table.num_rows, BATCH):
-        for name in ("videoid", "caption", "place", "offset", "size", "problem"):
+        for name in ("videoid", "caption", "extra", "place", "offset", "size", "problem"):
             for values in table[name].slice(start, BATCH).chunks:
                 if name in ("offset", "size"):
                     digest.update(values.to_numpy())

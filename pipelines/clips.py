@@ -35,6 +35,7 @@ CLIP = pa.schema(
         "videoid": pa.string(),
         "view": pa.int32(),
         "caption": pa.string(),
+        "extra": pa.string(),  # JSON, or nothing; not in an index, which ten million clips of stand in memory
         "split": pa.string(),
         "frame_indices": pa.list_(pa.int32()),
         "flip": pa.bool_(),
@@ -145,6 +146,7 @@ class PartMaker:
             "videoid": video.videoid,
             "view": number,
             "caption": video.caption,
+            "extra": video.extra,
             "split": split_of(self.config, video.videoid),
             "frame_indices": view.indices,
             "flip": view.flip,
@@ -188,7 +190,7 @@ class PartMaker:
             "moments_sha256": hashlib.sha256(moments).hexdigest(),
             "bytes": str(len(data)),
         }
-        index = known.drop_columns(["frame_indices"]).append_column("place", pa.array(places, pa.int32()))
+        index = known.drop_columns(["frame_indices", "extra"]).append_column("place", pa.array(places, pa.int32()))
         return bytes(to_ipc(index.replace_schema_metadata(said))), len(data)
 
     def _moments(self, rows: list[dict[str, Any]], stacked: dict[str, torch.Tensor]) -> Moments:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from pipelines.config import Config, load
-from pipelines.errors import Unfinished, UserError
+from pipelines.errors import Unfinished, UserError, shown
 
 
 def command(
@@ -39,13 +39,13 @@ def command(
         config = load(arguments.config, arguments.overrides + (getattr(arguments, "flags", None) or []))
         run(config)
     except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {shown(error)}", file=sys.stderr)
         sys.exit(2)
     except Unfinished as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {shown(error)}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        print(f"{name}: {error}. If that passes, the same command goes on from here", file=sys.stderr)
+        print(f"{name}: {shown(error)}. If that passes, the same command goes on from here", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 from pipelines import cluster, storage
-from pipelines.errors import Unfinished
+from pipelines.errors import Unfinished, shown
 from pipelines.progress import Progress
 
 # What no other part would fare better with: a disk that is full, rights that are missing, a bucket that is not there.
@@ -88,7 +88,7 @@ def make_parts(
     for row in (row for block in blocks for row in block.to_pylist()):  # type: ignore[union-attr]
         if problem := row["problem"] or row["failed"]:
             if not problems + failed:
-                print(f"{label}: {problem}; tried again by the next run", flush=True)
+                print(f"{label}: {shown(problem)}; tried again by the next run", flush=True)
             (failed if row["failed"] else problems).append(problem)
             in_a_row += 1
             if row["lasting"]:

@@ -1,14 +1,14 @@
 """What a tar shard of videos holds, by its headers: no video is read to find out, and nothing is ever extracted.
 
-A sample is the members of one name but for what follows the last dot: a video, and its caption in .txt, else .json.
-ustar, pax and GNU's long names are understood.
+A sample is the members of one name but for what follows the last dot: a video, and its caption in .txt, else .json. All
+that the .json says is kept. ustar, pax and GNU's long names are understood.
 """
 
 import json
 import posixpath
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 WINDOW = 64 * 1024  # usually holds a sample's .txt and .json and the header of the next video: one request
@@ -16,6 +16,7 @@ LARGEST = 1024 * 1024  # bytes of a caption or of a long name; more is a damaged
 BLOCK = 512
 VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v")
 
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True).encode
 ReadAt = Callable[[int, int], bytes]  # (offset, size): fewer bytes at the end
 
 
@@ -31,6 +32,7 @@ class Sample(NamedTuple):
     offset: int
     size: int
     problem: str  # as a Video's
+    extra: str = ""  # what the .json says
 
 
 class Damaged(Exception):
@@ -60,7 +62,8 @@ def samples(read_at: ReadAt) -> list[Sample]:
             elif extension in (".txt", ".json"):
                 whole = 0 <= member.size <= LARGEST
                 data = window(member.offset, member.size) if whole else b""
-                captions.setdefault(last, {})[extension] = text(data) if extension == ".txt" else _of_json(data)
+                said = {".txt": text(data)} if extension == ".txt" else _of_json(data)
+                captions.setdefault(last, {}).update(said)
     except Damaged as error:
         if not error.position:
             raise
@@ -68,9 +71,14 @@ def samples(read_at: ReadAt) -> list[Sample]:
     found = []
     for name, member in videos:
         problem = "unsafe_name" if _leaves(name) else "missing" if member.size < 0 else ""
-        found.append(Sample(name, _caption(captions.get(name, {})), member.offset, member.size, problem))
+        of = captions.get(name, {})
+        found.append(Sample(name, _caption(of), member.offset, member.size, problem, of.get("extra", "")))
     named = {name for name, _ in videos}
-    found += [Sample(name, _caption(of), 0, 0, "missing") for name, of in captions.items() if name not in named]
+    found += [
+        Sample(name, _caption(of), 0, 0, "missing", of.get("extra", ""))
+        for name, of in captions.items()
+        if name not in named
+    ]
     if not found and not damage:
         damage = Damaged(0)  # an empty tar is a download that failed
     if damage:
@@ -89,14 +97,21 @@ def _caption(of: dict[str, str]) -> str:
     return of.get(".txt") or of.get(".json") or ""
 
 
-def _of_json(data: bytes) -> str:
+def _of_json(data: bytes) -> dict[str, str]:
     try:
-        fields = json.loads(data)
+        fields = json.loads(data, parse_constant=lambda _: None)  # NaN and Infinity, which Python writes, are no JSON
+        extra = to_json(fields) if isinstance(fields, dict) else ""
     except (ValueError, RecursionError):
-        return ""
+        return {}
     values = [fields.get(key) for key in ("caption", "text", "name")] if isinstance(fields, dict) else []
     said = next((value.strip() for value in values if isinstance(value, str) and value.strip()), "")
-    return said.encode("utf-8", "replace").decode()  # JSON can write half a surrogate pair
+    return {".json": said.encode("utf-8", "replace").decode(), "extra": extra}
+
+
+def to_json(fields: dict[str, Any]) -> str:
+    """The same text for the same fields, and none of none."""
+    # JSON can write half a surrogate pair.
+    return _encode(fields).encode("utf-8", "replace").decode() if fields else ""
 
 
 def _leaves(name: str) -> bool:

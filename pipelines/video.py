@@ -34,7 +34,7 @@ Reason = Literal[
     "not_finite",  # the encoder gave NaN or inf
     "no_frame_rate",  # unknown, and cache.fps asks for one
     "ragged_row",  # the csv's row has more or fewer fields than its header
-    "damaged_tar",  # the tar is empty, damaged or cut off there
+    "damaged_tar",  # the file is empty or no tar, or the tar is damaged or cut off there
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
 
@@ -82,7 +82,7 @@ class PyAVDecoder:
                 raise BadVideo("unknown_codec", "nothing here decodes its video stream")
             self._packets = [packet for packet in container.demux(stream) if packet.size]
         except (av.FFmpegError, ValueError, MemoryError) as error:
-            raise BadVideo("not_a_video", str(error)) from None
+            raise BadVideo("not_a_video", _why(error)) from None
         self._container, self._context = container, stream.codec_context
         self._context.thread_count = 1  # the cores are kept busy by other workers' videos
         self._times = [packet.pts for packet in self._packets if packet.pts is not None]  # of each packet
@@ -125,7 +125,7 @@ class PyAVDecoder:
                 if len(found) == len(wanted):
                     return found
         except (av.FFmpegError, ValueError, MemoryError) as error:
-            raise BadVideo("damaged", str(error)) from None
+            raise BadVideo("damaged", _why(error)) from None
         raise BadVideo("damaged", f"{len(wanted) - len(found)} of {len(wanted)} frames cannot be decoded")
 
     def _decode(self, start: int, wanted: set[int]) -> Iterator[av.VideoFrame]:
@@ -229,6 +229,11 @@ def sheet(clips: Sequence[Tensor]) -> bytes:
 def decode_all(data: bytes) -> Tensor:
     video = PyAVDecoder(data)
     return torch.from_numpy(video.frames(range(video.count)))
+
+
+def _why(error: Exception) -> str:
+    """Without FFmpeg's number, and the name that it gives to what is no file."""
+    return (isinstance(error, av.FFmpegError) and error.strerror) or str(error)
 
 
 def _avcc_length_size(context: av.CodecContext) -> int:

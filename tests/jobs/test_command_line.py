@@ -76,6 +76,15 @@ def test_cil_is_the_short_form(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_what_a_name_holds_does_nothing_to_a_terminal_and_tells_no_secret(tmp_path):
+    (tmp_path / "\x1b[2J\n.csv").write_text("1,https://me:pass@host/1.mp4?X-Signature=hidden,x\n")
+    done, _ = run("jobs", "build_cache", f"catalog.csv={tmp_path}/*.csv")
+    wanted = r"\x1b[2J\n.csv: has no column videoid, name; found are '1, https://host/1.mp4?..., x' in its first row"
+    assert done.stderr.endswith(f"{wanted}\n")
+    done, _ = run("jobs", "build_cache", "catalog.csv=nowhere://me:pass@host/a.csv?X-Signature=hidden&b=hidden")
+    assert done.stderr.startswith("build_cache: catalog.csv=nowhere://host/a.csv?...: a local path or s3://")
+
+
 def test_cil_lists_the_jobs():
     done, _ = run("jobs", "no-such-job")
     assert done.returncode == 2

@@ -1,8 +1,10 @@
 """One part of a cache, made in this process."""
 
+import json
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pytest
 import torch
@@ -30,8 +32,8 @@ def made(tmp_path_factory) -> Iterator[Callable[..., Cache]]:
     for i in range(len(CAPTIONS)):
         coarse = random.integers(0, 255, (8, 4, 4, 3), dtype=np.uint8)
         (folder / f"{i}.mp4").write_bytes(encode(coarse.repeat(8, 1).repeat(8, 2), 8))
-    rows = "".join(f"{i},{caption}\n" for i, caption in enumerate(CAPTIONS))
-    (folder / "videos.csv").write_text(f"videoid,name\n{rows}")
+    rows = "".join(f"{i},{caption},{'' if i else 'PT1S'}\n" for i, caption in enumerate(CAPTIONS))
+    (folder / "videos.csv").write_text(f"videoid,name,duration\n{rows}")
 
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr("pipelines.clips.DecodePool", DecodeHere)
@@ -75,6 +77,26 @@ def test_a_caption_is_kept_once_and_its_clips_share_it(made):
 
     wanted = families.load("i2vgenxl", 2).encode_captions(["a cat"])["text"]
     assert torch.equal(of["1:0"], wanted)
+
+
+def test_what_else_the_catalog_says_stands_in_the_part_and_in_no_index(made):
+    cache = made()
+    (part,) = cache.parts
+    clips = pandas.read_feather(cache.path(part["name"]))
+    assert dict(zip(clips["clip_id"], clips["extra"], strict=True))["0:0"] == '{"duration": "PT1S"}'
+    extra = pandas.json_normalize([json.loads(text or "{}") for text in clips["extra"]])  # as docs/cache.md says
+    assert extra["duration"].tolist() == ["PT1S", "PT1S", *[pytest.approx(float("nan"), nan_ok=True)] * 4]
+    assert "extra" not in cache.index().column_names + opened(cache.path(part["name"], "index")).schema.names
+
+
+def test_another_extra_column_is_another_part(tmp_path):
+    """Or two builders would make other bytes of one name."""
+    names = set()
+    for rows in ("videoid,name\n1,x\n", "videoid,name,a\n1,x,2\n", "videoid,name,a\n1,x,3\n", "videoid,b,name\n1,,x\n"):
+        (tmp_path / "v.csv").write_text(rows)
+        catalog = read_catalog(load(None, [f"catalog.csv={tmp_path}/v.csv", f"catalog.videos={tmp_path}"]).catalog, "")
+        names.add((catalog.digest, *part_names(plan_parts(hashes_of(catalog), None, 100))))
+    assert len(names) == len({name for _, name in names}) == 3
 
 
 def test_moments_are_of_the_whole_posterior_where_its_deviation_is_kept(made):

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 
 from pipelines.catalog import PROBLEMS, Catalog, Video, read_catalog
@@ -65,9 +67,8 @@ def test_rows_are_sorted_by_id_and_quoted_captions_kept(tmp_path):
 def test_a_file_is_looked_for_in_its_page_folder_first_and_in_every_folder_of_videos(tmp_path):
     (tmp_path / "v.csv").write_text(HEADER + "1,u,,p/q,x\n2,u,,,y\n")
     with_page, without = videos_of(read(csv=str(tmp_path / "v.csv"), videos=["s3://bucket/a/", str(tmp_path)]))
-    assert with_page == Video(
-        "1", "x", ("s3://bucket/a/p/q/1.mp4", "s3://bucket/a/1.mp4", f"{tmp_path}/p/q/1.mp4", f"{tmp_path}/1.mp4")
-    )
+    sources = ("s3://bucket/a/p/q/1.mp4", "s3://bucket/a/1.mp4", f"{tmp_path}/p/q/1.mp4", f"{tmp_path}/1.mp4")
+    assert with_page == Video("1", "x", sources, extra='{"contentUrl": "u"}')
     assert without.sources == ("s3://bucket/a/2.mp4", f"{tmp_path}/2.mp4")
 
 
@@ -134,7 +135,10 @@ def test_both_parsers_read_the_same(tmp_path):
     ("data", "says"),
     [
         ("a,b\n1,2\n", r"v\.csv: has no column videoid, name; found are 'a, b'"),
-        ("", r"v\.csv: has no column videoid, name; found are 'none'"),
+        ("a,b\n", r"v\.csv: has no column videoid, name; found are 'a, b' in its first row$"),
+        ("1,https://me:pw@h/x?sig=k,\x1b[2J\n", r"found are '1, https://h/x\?\.\.\., \\\\x1b\[2J' in its first row$"),
+        ("", r"v\.csv: is empty; its first row names columns, videoid and name among them$"),
+        ("\n\n", r"v\.csv: is empty; its first row"),
         (HEADER, r"v\.csv: holds no videos"),
         ("videoid,name,videoid\n1,x,2\n", r"v\.csv: has the column videoid 2 times"),
         (HEADER + '1,u,,p,"' + "x" * 200_000, r"v\.csv: is no csv .*is a quoted field left open\?"),
@@ -144,6 +148,32 @@ def test_both_parsers_read_the_same(tmp_path):
 def test_a_csv_that_is_no_catalog_is_refused_in_one_line(tmp_path, data, says):
     (tmp_path / "v.csv").write_bytes(data if isinstance(data, bytes) else data.encode())
     assert re.search(r"catalog\.csv=.*" + says, refused(csv=str(tmp_path / "v.csv"), videos=str(tmp_path)))
+
+
+@pytest.mark.parametrize("column", range(5))
+@pytest.mark.parametrize("ragged", ["", "x,y\n"], ids=["fast", "row by row"])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_quote_that_nothing_closes_is_refused_with_its_row(tmp_path, column, ragged, end):
+    """It would swallow every row behind it."""
+    fields = ["1000", "u", "d", "", "abc"]
+    fields[column] = '"' + fields[column]
+    rows = [f'{i},u,d,"p","two\nlines ""of"" it"\n' for i in range(5)], [f"{i},u,d,,x\n" for i in range(20)]
+    data = HEADER + ragged + "".join(rows[0]) + ",".join(fields) + "\n" + "".join(rows[1]).rstrip() + end
+    (tmp_path / "v.csv").write_text(data)
+    said = refused(csv=f"{tmp_path}/v.csv", videos=str(tmp_path))
+    row = 7 + bool(ragged)
+    assert said.startswith(f"catalog.csv={tmp_path}/v.csv: is no csv (row {row} opens a quote that nothing closes)")
+
+
+def test_a_quote_that_nothing_closes_is_found_in_the_header_and_in_the_last_row(tmp_path):
+    for data, row in (('videoid,"name\n1,x\n', 1), ('videoid,name\n1,x\n2,"', 3), ('videoid,name\n1,x\n2,"y""', 3)):
+        (tmp_path / "v.csv").write_text(data)
+        assert f"(row {row} opens a quote" in refused(csv=f"{tmp_path}/v.csv", videos=str(tmp_path))
+
+
+def test_a_quoted_field_may_be_the_last_thing_in_a_csv(tmp_path):
+    for end in ("", "\n", "\r\n"):
+        assert captions(catalog(tmp_path, '\ufeffvideoid,name\n1,"a ""b""\nc"' + end)) == {"1": 'a "b"\nc'}
 
 
 def test_several_csvs_are_one_catalog(tmp_path):
@@ -167,6 +197,7 @@ def test_a_file_or_pattern_that_nothing_matches_is_named(tmp_path, key):
     said = refused(**{key: f"{tmp_path}/*.none"})
     assert said.startswith(f"catalog.{key}={tmp_path}/*.none: no file matches; expected is ")
     assert re.search(rf"catalog\.{key}={tmp_path}: is a folder", refused(**{key: str(tmp_path)}, **there))
+    assert re.search(rf"catalog\.{key}={tmp_path}: is a folder", refused(**{key: str(tmp_path)}))
 
 
 def test_the_data_set_of_make_shapes_is_the_default(tmp_path):
@@ -218,6 +249,64 @@ def test_a_name_that_would_leave_the_folder_is_unsafe_and_has_no_source(tmp_path
 )
 def test_an_ordinary_name_is_safe(tmp_path, videoid, page_dir):
     assert problems(catalog(tmp_path, f"{HEADER}{videoid},u,,{page_dir},x\n")) == {videoid: ""}
+
+
+def extras(catalog: Catalog) -> dict[str, str]:
+    return {v.videoid: v.extra for v in videos_of(catalog)}
+
+
+@pytest.mark.parametrize("tail", ["", "ragged\n"], ids=["fast", "row by row"])
+def test_other_columns_are_kept_as_json_of_sorted_keys(tmp_path, tail):
+    rows = 'z,videoid,,a,page_dir,name\n"1 ""\n",1,0,\u00e9\x01,p,x\n,2,0,,p,x\n'
+    found = extras(catalog(tmp_path, rows + tail))
+    assert (found["1"], found["2"]) == ('{"a": "\u00e9\\u0001", "z": "1 \\"\\n"}', "")
+
+
+@pytest.mark.parametrize(
+    ("data", "extra"),
+    [
+        (b'{"z": NaN, "a": [1, "\\ud83d"]}', '{"a": [1, "?"], "z": null}'),
+        (b'{"caption": "c"}', '{"caption": "c"}'),
+        (b"{}", ""),
+        (b"[1]", ""),
+        (b"{broken", ""),
+    ],
+)
+def test_the_fields_of_a_json_are_kept_beside_any_caption(tmp_path, data, extra):
+    make_tar(tmp_path / "t.tar", [("k.mp4", b"v"), ("k.txt", b"said"), ("k.json", data), ("j.json", data)])
+    found = read(tars=f"{tmp_path}/t.tar")
+    assert captions(found)["t~k"] == "said"
+    assert extras(found) == {"t~k": extra, "t~j": extra}
+
+
+def test_what_is_rejected_tells_where_it_stands(tmp_path):
+    (tmp_path / "a.csv").write_text(HEADER + "one,u,,p,x\n" + "bad,u,,..,x\n")
+    (tmp_path / "b.csv").write_text(HEADER + '0,u,,p,"x\ny"\n' + "one,u,,p,x\none,u,,q,y\nragged\n")
+    make_tar(tmp_path / "t.tar", [*sample("k"), ("in/l.txt", b"no video"), ("../up \x1b.mp4", b"v")])
+    (tmp_path / "u.tar").write_bytes(b"")
+    make_folder(tmp_path / "set")
+    (tmp_path / "set" / os.fsdecode(b"\xe9.mp4")).write_bytes(b"v")
+    csvs = [f"{tmp_path}/a.csv", f"{tmp_path}/b.csv"]
+    found = read(
+        csv=csvs, videos=["s3://me:pass@b/v", str(tmp_path)], tars=f"{tmp_path}/*.tar", folder=f"{tmp_path}/set"
+    )
+    rows = [(i, v) for i, v in enumerate(videos_of(found)) if v.problem or v.videoid in ("one", "t~k")]
+    rejects = [{"videoid": v.videoid, "reason": v.problem or "damaged"} for _, v in rows]
+    told = found.with_sources(rejects, np.array([i for i, _ in rows]))
+    assert [(r["videoid"], r["reason"], r["source"].replace(str(tmp_path), "")) for r in told] == [
+        ("%E9", "unsafe_name", "/set/?.mp4"),
+        ("bad", "unsafe_name", "/a.csv row 3"),
+        ("four", "duplicate_id", "/set/four.mp4"),
+        ("one", "damaged", "s3://b/v/p/one.mp4 or s3://b/v/one.mp4 or /p/one.mp4 or /one.mp4"),
+        ("one", "duplicate_id", "/b.csv row 3"),
+        ("one", "duplicate_id", "/b.csv row 4"),
+        ("one", "duplicate_id", "/set/one.mp4"),
+        ("ragged", "ragged_row", "/b.csv row 5"),
+        ("t~..~up%20%1B", "unsafe_name", r"/t.tar: ../up \x1b"),
+        ("t~in~l", "missing", "/t.tar: in/l"),
+        ("t~k", "damaged", "/t.tar"),
+        ("u", "damaged_tar", "/u.tar"),
+    ]
 
 
 # tars
@@ -366,12 +455,14 @@ def test_different_members_never_share_an_id(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"<html>404 Not Found</html>\n" * 100, b"", b"x" * 100, b"\x1f\x8b" + b"g" * 2000])
-def test_a_file_that_is_no_tar_is_refused_by_name(tmp_path, data):
-    make_tar(tmp_path / "0.tar", sample("a"))
+def test_a_file_that_is_no_tar_is_a_row_among_others_and_refused_by_name_alone(tmp_path, data):
     (tmp_path / "1.tar").write_bytes(data)
-    assert re.match(
-        rf"catalog\.tars={tmp_path}/1\.tar: is no tar; it begins with b'", refused(tars=f"{tmp_path}/*.tar")
-    )
+    said = refused(tars=f"{tmp_path}/*.tar")
+    assert said == f"catalog.tars={tmp_path}/1.tar: is no tar; it begins with {data[:24]!r}"
+    make_tar(tmp_path / "0.tar", sample("a"))
+    assert problems(read(tars=f"{tmp_path}/*.tar")) == {"0~a": "", "1": "damaged_tar"}
+    (tmp_path / "0.tar").write_bytes(data)
+    assert re.match(rf"catalog\.tars={tmp_path}/0\.tar: is no tar", refused(tars=f"{tmp_path}/*.tar"))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=["video first", "video last"])
@@ -481,6 +572,9 @@ def test_a_file_whose_name_is_not_utf8_is_unsafe(tmp_path):
 
 
 def test_a_folder_that_is_not_there_or_has_no_videos_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    said = refused(folder=f"{tmp_path}/empty")
+    assert said.startswith(f"catalog.folder={tmp_path}/empty: there are no files below it; expected are .mp4, .webm")
     (tmp_path / "a.txt").touch()
     assert "cannot be read: [Errno 2]" in refused(folder=f"{tmp_path}/none")
     assert "of its 1 files none has .mp4, .webm" in refused(folder=str(tmp_path))
@@ -516,6 +610,19 @@ def test_what_may_not_be_read_is_one_line(key):
             said = refused(**{key: str(given)}, **({"videos": name} if key == "csv" else {}))
         where.chmod(stat.S_IRWXU)
     assert said.startswith(f"catalog.{key}={given}: cannot be read: [Errno 13] Permission denied")
+
+
+def test_an_address_that_does_not_answer_is_named_once(monkeypatch):
+    import fsspec
+
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{gone.getsockname()[1]}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(OSError, match=r"^catalog\.folder=s3://b/videos: Could not connect"):
+        read(folder="s3://b/videos")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def test_the_first_row_with_an_id_keeps_it(tmp_path):

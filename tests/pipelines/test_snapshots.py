@@ -42,6 +42,7 @@ def test_every_row_is_a_clip_or_a_reject_with_its_reason(cache, ids):
         "bytes": cache.counts["bytes"],
     }
     rejects = storage.read_rows(f"{cache.manifest.uri}/rejects.jsonl")
+    assert all(reject["source"].endswith(f"/{reject['videoid']}.mp4") for reject in rejects)
     assert {(row["videoid"], row["reason"]) for row in rejects} == {
         *((ids[name], "not_a_video") for name in ("e0", "e1", "f1")),
         (ids["e2"], "missing"),

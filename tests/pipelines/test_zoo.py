@@ -3,6 +3,7 @@
 import functools
 import gzip
 import io
+import re
 import struct
 import tarfile
 import zipfile
@@ -244,7 +245,7 @@ def outcome(decode: Callable[[bytes], np.ndarray], data: bytes) -> np.ndarray | 
     try:
         return decode(data)
     except BadVideo as error:
-        return error.reason if str(error) else "without a word"
+        return "an internal word" if re.search("Errno|<none>|^$", str(error)) else error.reason
 
 
 def assert_expected(found: np.ndarray | str, expected: Expected) -> None:
