@@ -132,7 +132,7 @@ def _fit(config: Config, missing: list[str], identities: dict[str, Identity], pr
             f"training of {', '.join(missing)} stopped: {reason}. The same command goes on from here"
         ) from error
     finally:
-        with suppress(Exception):  # the queue's actor may have died with its node
+        with suppress(Exception):  # the queue's actor may have died
             news.put(None)
             listener.join()
             news.shutdown()
