@@ -1,10 +1,13 @@
 """How much arithmetic a network is, and how much of it a GPU can do: what MFU is made of.
 
-with counted(net) as flops:
+    flops = of_next_call(net)
     net(x, t)
-flops()     # floating-point operations of that call, forward
+    flops()
+
+answers its floating-point operations, forward.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +24,13 @@ PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "GH200": 989e12,
     "H20": 148e12,
     "A100": 312e12,
     "A10": 125e12,
+    "A10G": 70e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "V100": 125e12,
     "RTX 4090": 165e12,
@@ -44,7 +50,7 @@ def peak_of(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAKS.items() if known in name), None)
+    return next((peak for known, peak in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def of_next_call(net: nn.Module) -> Callable[[], int]:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from pipelines import storage
 from pipelines.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SOFTWARE = ("torch", "numpy", "ray", "av", "deepspeed", "pyarrow", "diffusers", "transformers")
 ELSEWHERE = {"initial noise": "initial_noise.name"}  # what gives an artifact another place, if not `out`
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,7 @@ KIND, SNAPSHOT = "latent cache", "snapshot"
 LATEST = "latest.json"
 INDEX, PLAN, REJECTS = "index.arrow", "plan.arrow", "rejects.jsonl"
 ROWS = 65536  # of a catalog, as Python's objects at once
-FIRST = 200  # videos among which one that is there is looked for
-FEW = 10  # of which none need be
+FIRST, SOME = 1000, 200  # videos among which one that is there is looked for
 CODE = (
     *("pipelines.clips", "pipelines.views", "pipelines.video", "pipelines.decoding"),
     *("pipelines.catalog", "pipelines.tars", "cil.images", "cil.moments", "cil.draws"),
@@ -261,41 +261,41 @@ def _make(config: Config, folder: Artifact, catalog: Catalog, plan: pa.Table, wa
     missing = np.array([f"{name}.index" not in there for name in names])
     if not missing.any():
         return []
-    examples = some_of(catalog, np.flatnonzero(missing[part]))
+    refuse_lost(catalog, ~missing[part])
     cluster.connect()
-    cluster.refuse_unseen(examples)  # on a node that does not see a video it would be missing for ever
+    cluster.refuse_unseen(_examples(catalog))  # on a node that does not see a video it would be missing for ever
     watch.begin()
     rows = ray.put(replace(catalog, table=catalog.table.take(order)))
     arguments = {"config": config.model_dump(), "folder": folder.path("parts"), "catalog": rows}
     return make_parts("cache", "clips", parts, PartMaker, arguments, config.cache.gpus, watch)
 
 
-def some_of(catalog: Catalog, rows: np.ndarray) -> list[str]:
-    """Of each local folder of videos one of these rows that is there; refuses a root that has none of the first ones.
-
-    What is missing stays missing, so that a folder which is misspelt or not mounted would be found out too late.
+def refuse_lost(catalog: Catalog, made: np.ndarray) -> None:
+    """A root of which no video is made yet, and none of some is there: misspelt or not mounted, all of it would be
+    missing for ever. `made`: which rows are in parts that are there.
     """
-    found, root_of = [], catalog.table["root"].to_numpy()[rows]
-    for number, root in enumerate(catalog.roots):
-        own = rows[root_of == number]
-        looked_for = replace(catalog, table=catalog.table.take(own[:FIRST])).videos(0, FIRST)
-        sources = [video.sources for video in looked_for if video.sources]
-        local, remote = ([each for each in root.folders if storage.is_local(each) == kind] for kind in (True, False))
-        there = [first for folder in local if (first := _first_below(folder, sources))]
-        many = len(sources) >= FEW or (sources and len(own) == len(catalog))
-        if many and not there and not any(_first_below(folder, sources) for folder in remote):
+    root_of = catalog.table["root"].to_numpy()
+    for number in np.setdiff1d(np.unique(root_of), root_of[made]):
+        own = np.flatnonzero(root_of == number)
+        looked_for = catalog.table.take(own[np.unique(np.linspace(0, len(own) - 1, SOME).astype(int))])
+        videos = replace(catalog, table=looked_for).videos(0, SOME)
+        sources = [video.sources for video in videos if video.sources]
+        if sources and not any(storage.exists(source) for each in sources for source in each):
             raise UserError(
                 f"none of {len(sources)} videos of {catalog.source} that were looked for is there, such as "
                 f"{' or '.join(sources[0])}: is the place right (catalog.videos), and mounted?"
             )
-        found += there
-    return found
 
 
-def _first_below(folder: str, sources: list[tuple[str, ...]]) -> str | None:
-    below = f"{folder.rstrip('/')}/"
-    named = (source for each in sources for source in each if source.startswith(below))
-    return next(filter(storage.exists, named), None)
+def _examples(catalog: Catalog) -> Iterable[str]:
+    """Of each local folder of videos one that is there, if one of the first is."""
+    for number, root in enumerate(catalog.roots):
+        first = replace(catalog, table=catalog.table.filter(pc.equal(catalog.table["root"], number)).slice(0, FIRST))
+        for folder in filter(storage.is_local, root.folders):
+            sources = (source for video in first.videos(0, FIRST) for source in video.sources)
+            below = f"{folder.rstrip('/')}/"
+            found = (source for source in sources if source.startswith(below) and storage.exists(source))
+            yield from islice(found, 1)
 
 
 def _finish(folder: Artifact, snapshot: Artifact, catalog: Catalog, plan: pa.Table, views: int) -> None:
@@ -361,16 +361,21 @@ def _split_together(index: pa.Table) -> pa.Array:
 def tables_of(uris: Iterable[str]) -> Iterable[tuple[str, pa.Table]]:
     """With the digests of their files; in order, several read at once."""
     with ThreadPoolExecutor(storage.AT_ONCE) as pool:
-        yield from pool.map(lambda uri: (hashlib.sha256(storage.read(uri)).hexdigest(), _table(uri)), uris)
+        yield from pool.map(_with_digest, uris)
+
+
+def _with_digest(uri: str) -> tuple[str, pa.Table]:
+    data = storage.read(uri)
+    return hashlib.sha256(data).hexdigest(), opened(uri, pa.py_buffer(data)).read_all()
 
 
 def _table(uri: str) -> pa.Table:
     return opened(uri).read_all()
 
 
-def opened(uri: str) -> pa.ipc.RecordBatchFileReader:
-    """Mapped into memory where it is a local file."""
-    source = pa.memory_map(uri) if storage.is_local(uri) else pa.py_buffer(storage.read(uri))
+def opened(uri: str, data: pa.Buffer | None = None) -> pa.ipc.RecordBatchFileReader:
+    """Mapped into memory where it is a local file, unless its bytes are given."""
+    source = data or (pa.memory_map(uri) if storage.is_local(uri) else pa.py_buffer(storage.read(uri)))
     try:
         return pa.ipc.open_file(source)
     except pa.ArrowInvalid as error:

@@ -31,9 +31,9 @@ def show_cache(config: Config) -> None:
     if config.show_cache.verify:
         verify(config, cache)  # first: nothing can be said of a damaged one
     print(card(cache))
-    sheet = storage.join(config.out, "cache_card.png")
-    storage.write(sheet, contact_sheet(config, cache))
-    print(f"\npictures: {sheet} (the first, middle and last frame of clips as they come back, and last E[X0])")
+    pictures = storage.join(config.out, "cache_card.png")
+    storage.write(pictures, contact_sheet(config, cache))
+    print(f"\npictures: {pictures} (the first, middle and last frame of clips as they come back, and last E[X0])")
     if unneeded := orphans(cache.uri):
         print("", *unneeded, sep="\n")
         size = f"these {len(unneeded)} files, which no snapshot cites"

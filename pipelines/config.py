@@ -539,7 +539,7 @@ def _check(config: Config) -> None:
     if (config.finetune.validate_every or 0) % config.finetune.checkpoint_every:
         wanted = f"a multiple of checkpoint_every={config.finetune.checkpoint_every}, or none is known to be the best"
         raise UserError(f"finetune.validate_every={config.finetune.validate_every}: {wanted}")
-    if config.tracking.uri and urlsplit(config.tracking.uri).username:  # some take a token for one
+    if config.tracking.uri and "@" in urlsplit(config.tracking.uri).netloc:  # some take a token for a name
         raise UserError(
             "tracking.uri holds a password: give it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )

@@ -8,7 +8,7 @@ import torch
 
 from cil.families.base import Clip
 from pipelines import storage
-from pipelines.cache import encoding_of, part_names, plan_of, some_of
+from pipelines.cache import encoding_of, part_names, plan_of, refuse_lost
 from pipelines.catalog import Catalog, read_catalog
 from pipelines.clips import PartMaker
 from pipelines.config import Config
@@ -25,8 +25,8 @@ def estimate(config: Config) -> str:
     folder, views = storage.join(config.out, "cache"), config.cache.views_per_video
     plan = plan_of(folder, catalog, config.cache.videos_per_part)
     names, there = part_names(plan), storage.names(storage.join(folder, "parts"))
-    some_of(catalog, np.arange(len(catalog)))  # or it says that none is there
     done = np.isin(plan["part"].to_numpy(), [i for i, name in enumerate(names) if f"{name}.index" in there])
+    refuse_lost(catalog, done)
     problems = catalog.problems()
     frames = torch.zeros(1, family.frames, family.height, family.width, 3, dtype=torch.uint8)
     sizes = {name: t.nbytes for name, t in family.encode(frames, [Clip()]).items()}

@@ -83,7 +83,7 @@ def refuse_impossible(config: Config, family: Family, rows: dict[str, TrainingRo
 
 
 def choose_profile(config: Config, family: Family, rows: dict[str, TrainingRow], gpu: bool) -> zero.Profile:
-    """One for all rows, as the largest of them needs it."""
+    """One for all rows, as the largest of them needs it; refuses what this cluster cannot train."""
     settings = config.finetune
     for named, row in rows.items():
         if row.settings.precision == "float16" and not gpu:
@@ -192,7 +192,10 @@ def _next(news: Any, workers: int, gpu: bool) -> Any:
         while True:
             with suppress(Empty):
                 return news.get(timeout=QUIET)
-            if waits := cluster.unplaced(workers, gpu):
+            waits = ""
+            with suppress(Exception):  # the cluster may not answer now; what is told must be listened to
+                waits = cluster.unplaced(workers, gpu)
+            if waits:
                 print(f"finetune: waits for {waits}; add nodes, or set finetune.workers", flush=True)
     except Exception:  # its actor has died
         return None
@@ -208,7 +211,7 @@ def _listen(news: Any, stopped: list[str], workers: int, gpu: bool) -> None:
             print(f"finetune: {item[0]}", flush=True)
             continue
         name, samples, total, loss = item
-        if loss is not None:
+        if loss is not None and name in bars:
             bars[name].advance(samples - bars[name].done, f"loss {loss:.4f}")
             continue
         bars[name] = Progress(f"finetune {name}", "samples", total, samples)

@@ -201,9 +201,10 @@ class SystemMetrics:
     def take(self) -> dict[str, float]:
         values: dict[str, float] = {}
         for monitor in self._monitors:
-            monitor.collect_metrics()
-            values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
-            monitor.clear_metrics()
+            with contextlib.suppress(Exception):  # no network, a busy driver: no reason to stop a training
+                monitor.collect_metrics()
+                values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+                monitor.clear_metrics()
         return values
 
 

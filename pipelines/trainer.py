@@ -54,7 +54,10 @@ class RowTrainer:
         news: Callable[..., None],
         leaving: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`news` is told where rank 0 begins, how far it is, what it left out; `leaving` says if its node is to go."""
+        """`news` is told where rank 0 begins, how far it is, what it left out; `leaving`: is a node to go?
+
+        All ranks ask that together, and are answered alike.
+        """
         self.config, self.settings, self.name, self.made, self.cache = config, config.finetune, name, made, cache
         self.row, self.seed, self.profile, self.news, self.leaving = row.settings, row.seed, profile, news, leaving
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -66,7 +69,7 @@ class RowTrainer:
         self.micro_batch = self.settings.micro_batch or self.row.batch // self.world
         self.validation = Validation(config, self.family, cache) if self.settings.validate_every else None
         self.run = self.open_run() if self.rank == 0 else None
-        self.system = SystemMetrics()
+        self.system = SystemMetrics() if self.rank == 0 else None
         self.left = False
 
     def train(self) -> None:
@@ -178,8 +181,12 @@ class RowTrainer:
         last = checkpoints.found(self.folder)[-1:]
         good = f"The last good checkpoint is {last[0]}" if last else "There is no checkpoint yet"
         if self.settings.on_nan == "stop" or len(self.skipped) >= MOST:
+            stop = self.settings.on_nan == "stop"
+            advice = (
+                "leave such batches out by finetune.on_nan=skip" if stop else f"{MOST} batches are left out already"
+            )
             said = (
-                f"{error}. {good}; lower lr={self.row.lr}, or leave such batches out by finetune.on_nan=skip. "
+                f"{error}. {good}; lower lr={self.row.lr}; {advice}. "
                 "jobs.show_cache show_cache.verify=true finds out whether the cache is damaged"
             )
             if self.run:
@@ -201,6 +208,7 @@ class RowTrainer:
         values["lr"] = learning_rate(self.row, self.samples - self.row.batch)
         values["skipped_batches"] = float(len(self.skipped))
         if self.run:
+            assert self.system is not None
             self.run.metrics(values | self.system.take(), self.samples)
             self.news(self.name, self.samples, self.row.samples, values["loss"])
 
@@ -268,7 +276,8 @@ class RowTrainer:
         run = Feed(self.config, self.name, "train", self.made.fingerprint)
         run.parameters({key: value for key, value in self.made.identity.items() if key != "code"})
         tags = {"weights": self.made.uri, "world_size": self.world, "zero_stage": zero.stage_of(self.profile)}
-        run.tags(tags | {"cache": self.cache.fingerprint, "code": self.made.identity["code"]} | commit() | versions())
+        tags |= {"cache": self.cache.fingerprint, "code": self.made.identity["code"], "stopped": ""}
+        run.tags(tags | commit() | versions())
         run.file("config.json", self.config.model_dump_json(indent=1).encode())
         return run
 

@@ -30,7 +30,8 @@ def test_a_multiplication_and_its_addition_are_two_of_one_call_and_of_nothing_be
 
 def test_a_gpu_has_the_peak_of_its_kind_and_a_cpu_has_none(monkeypatch):
     assert peak_of(torch.device("cpu")) is None
-    for name, peak in [("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA L40S", 362e12)]:
+    known = {"H100 PCIe": 756e12, "H100 80GB HBM3": 989e12, "L40S": 362e12, "L40": 181e12, "A10G": 70e12}
+    for name, peak in {**known, "A100-SXM4-80GB": 312e12, "RTX A1000": None}.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_of(torch.device("cuda", 0)) == peak
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Something new")

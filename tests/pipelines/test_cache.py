@@ -12,7 +12,7 @@ from in_process import DecodeHere
 
 from cil.moments import Moments
 from pipelines import storage
-from pipelines.cache import Cache, build_cache, hashes_of, opened, part_names, plan_parts, some_of
+from pipelines.cache import Cache, _examples, build_cache, hashes_of, opened, part_names, plan_parts, refuse_lost
 from pipelines.catalog import read_catalog
 from pipelines.clips import PartMaker
 from pipelines.config import load
@@ -190,7 +190,7 @@ def test_of_each_local_folder_of_videos_one_that_is_there_is_looked_for_on_other
     (tmp_path / "videos.csv").write_text("videoid,name\na,first\nb,second\nc,third\n")
     videos = ",".join([*folders, "s3://bucket/videos"])
     config = load(None, [f"catalog.csv={tmp_path}/videos.csv", f"catalog.videos=[{videos}]"])
-    assert some_of(read_catalog(config.catalog, ""), np.arange(3)) == [f"{folders[0]}/b.mp4", f"{folders[1]}/c.mp4"]
+    assert list(_examples(read_catalog(config.catalog, ""))) == [f"{folders[0]}/b.mp4", f"{folders[1]}/c.mp4"]
 
 
 @pytest.mark.parametrize("rows", [3, 30])
@@ -207,13 +207,14 @@ def test_a_folder_that_has_none_of_the_videos_is_refused_before_they_are_missing
     assert not list(tmp_path.glob("cache/parts/*"))
 
 
-def test_a_few_videos_that_are_missing_are_rejects_where_others_are_there(tmp_path):
-    table = "".join(f"{i:02d},x\n" for i in range(30))
-    (tmp_path / "videos.csv").write_text("videoid,name\n" + table)
-    (tmp_path / "20.mp4").touch()
+def test_videos_that_are_missing_are_rejects_where_one_is_there_or_some_are_made(tmp_path):
+    (tmp_path / "videos.csv").write_text("videoid,name\n" + "".join(f"{i:04d},x\n" for i in range(3000)))
     config = load(None, [f"catalog.csv={tmp_path}/videos.csv", f"catalog.videos={tmp_path}"])
-    catalog = read_catalog(config.catalog, "")
-    assert some_of(catalog, np.arange(30)) == [f"{tmp_path}/20.mp4"]
-    assert some_of(catalog, np.arange(21, 30)) == []  # as of a catalog to which these were added
-    with pytest.raises(UserError, match="none of 10 videos"):
-        some_of(catalog, np.arange(10))
+    catalog, made = read_catalog(config.catalog, ""), np.zeros(3000, bool)
+    with pytest.raises(UserError, match="none of 200 videos"):
+        refuse_lost(catalog, made)
+    (tmp_path / "2999.mp4").touch()  # they are looked for all over the catalog
+    refuse_lost(catalog, made)
+    (tmp_path / "2999.mp4").unlink()
+    made[7] = True  # whoever has made a cache may remove its videos
+    refuse_lost(catalog, made)
