@@ -4,6 +4,7 @@ Where only some clips are wanted, the moments of their parts are made anew from 
 """
 
 import io
+import posixpath
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
@@ -59,8 +60,23 @@ def make_initial_noise(config: Config) -> Manifest:
     for layout in get_args(Layout):
         storage.write(noise.path(f"published_{layout}.pt"), initial.to_published(layout))
     storage.write(noise.path("estimate.png"), draw_estimate(groups, counted))
-    print(f"{KIND}: {initial}")
-    return noise.finish({"clips": clips})
+    made = noise.finish({"clips": clips})
+    print(card(config, cache, made, initial))
+    return made
+
+
+def card(config: Config, cache: Cache, noise: Manifest, initial: InitialNoise) -> str:
+    where = f" with {config.initial_noise.where}" if config.initial_noise.where else ""
+    snapshot = posixpath.basename(cache.manifest.uri)
+    published = ", ".join(f"published_{layout}.pt" for layout in get_args(Layout))
+    lines = [
+        f"{KIND} at {noise.uri}",
+        f"  clips       {noise.counts['clips']:,} for training{where}, of snapshot {snapshot}",
+        f"  estimate    {initial}",
+        f"  files       {FILE}; as the authors' code reads it: {published}",
+        "  picture     estimate.png, the estimate as clips are added",
+    ]
+    return "\n".join(lines)
 
 
 def _groups(config: Config, cache: Cache, noise: Artifact, index: pa.Table, chosen: np.ndarray) -> list[Moments]:

@@ -1,6 +1,7 @@
 """The initial noise of a cache: of which clips it is, what is read for it, what is written."""
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,22 @@ def test_what_is_written_loads_back_and_the_estimate_is_a_picture(built, setting
         assert (picture.format, picture.size) == ("PNG", (600, 400))
         assert len(picture.convert("RGB").getcolors(10**6)) > 10  # and not blank
     assert noise.facts == {"family": "toy", "scaling_factor": "1.0", "cache": cache.fingerprint}
+
+
+def test_noises_of_two_filters_stand_side_by_side_each_with_its_card(built, settings, here, cache, capsys):
+    plain, moving = (
+        settings(built),
+        settings(built, "initial_noise.name=moving", "initial_noise.where={motion: [0, 9]}"),
+    )
+    for config in (plain, moving):
+        make_initial_noise(config)
+        noise, manifest = read_initial_noise(config)
+        told = capsys.readouterr().out
+        assert f"initial noise at {built}/{config.initial_noise.name}\n" in told
+        assert f"  estimate    {noise}\n" in told
+        assert f"  clips       {manifest.counts['clips']} for training" in told
+        assert Path(cache.manifest.uri).name in told
+    assert "with {'motion': (0.0, 9.0)}" in told
 
 
 def test_the_same_again_does_nothing_and_another_cache_or_filter_is_refused(built, settings, here, capsys):
