@@ -114,12 +114,12 @@ class Catalog:
         return [self._video(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
     def with_sources(self, rejects: list[dict[str, Any]], rows: np.ndarray) -> list[dict[str, Any]]:
-        """Rejects of these rows, each with the place to look at: where its file may stand, or what names it so."""
+        """Rejects of these rows, each with where its file may stand, or what names it so, wherever the roots are."""
         chosen = replace(self, table=self.table.take(rows))
         found: defaultdict[tuple[str, str], deque[str]] = defaultdict(deque)
         named = zip(chosen.videos(0, len(rows)), *(chosen.table[name].to_pylist() for name in WHERE), strict=True)
         for video, *where in named if rejects else ():
-            said = self._named_by(video, *where) if video.problem else " or ".join(video.sources)
+            said = self._named_by(video, *where) if video.problem else self._may_stand(video, *where)
             found[video.videoid, video.problem].append(shown(said))
         told = []
         for reject in rejects:
@@ -128,12 +128,16 @@ class Catalog:
         return told
 
     def _named_by(self, video: Video, place: str, root: int, file: int, row: int) -> str:
-        folders, is_csv = self.roots[root]
-        if is_csv:
-            return f"{self.csvs[file]} row {row}"
+        if self.roots[root].csv:
+            return f"{posixpath.basename(self.csvs[file])} row {row}"
         member = unquote(video.videoid.partition("~")[2].replace("~", "/"))
         is_tar = posixpath.splitext(place)[1].lower() not in tars.VIDEOS
-        return f"{folders[0].rstrip('/')}/{place}" + (f": {member}" if is_tar and member else "")
+        return place + (f": {member}" if is_tar and member else "")
+
+    def _may_stand(self, video: Video, place: str, root: int, *_: int) -> str:
+        below = [f"{folder.rstrip('/')}/" for folder in self.roots[root].folders]
+        names = (source.removeprefix(each) for source in video.sources for each in below if source.startswith(each))
+        return " or ".join(dict.fromkeys(names))
 
     def _video(
         self,

@@ -275,7 +275,16 @@ def test_videos_at_an_endpoint_that_never_answers_are_told_in_20_seconds_and_end
     arguments, endpoint, silent, tmp_path
 ):
     place = {"AWS_ENDPOINT_URL": silent.url, "XDG_CACHE_HOME": str(tmp_path)}
-    with begun("build_cache", *arguments, "catalog.limit=40", "catalog.videos=s3://webvid/videos", **place) as build:
+    videos = "catalog.videos=s3://webvid/videos"
+    done = run("build_cache", *arguments, videos, **place)
+    assert time.monotonic() - silent.asked[0][0] < SECONDS
+    assert done.returncode == 1
+    assert silent.url in one_line(done.stderr)
+
+    made = run("build_cache", *arguments, videos, "catalog.limit=20", XDG_CACHE_HOME=str(tmp_path))
+    assert made.returncode == 0, made.stderr
+    silent.asked.clear()
+    with begun("build_cache", *arguments, "catalog.limit=60", videos, **place) as build:
         said = ""
         while "tried again by the next run" not in said:
             said = build.stdout.readline()

@@ -293,19 +293,19 @@ def test_what_is_rejected_tells_where_it_stands(tmp_path):
     rows = [(i, v) for i, v in enumerate(videos_of(found)) if v.problem or v.videoid in ("one", "t~k")]
     rejects = [{"videoid": v.videoid, "reason": v.problem or "damaged"} for _, v in rows]
     told = found.with_sources(rejects, np.array([i for i, _ in rows]))
-    assert [(r["videoid"], r["reason"], r["source"].replace(str(tmp_path), "")) for r in told] == [
-        ("%E9", "unsafe_name", "/set/?.mp4"),
-        ("bad", "unsafe_name", "/a.csv row 3"),
-        ("four", "duplicate_id", "/set/four.mp4"),
-        ("one", "damaged", "s3://b/v/p/one.mp4 or s3://b/v/one.mp4 or /p/one.mp4 or /one.mp4"),
-        ("one", "duplicate_id", "/b.csv row 3"),
-        ("one", "duplicate_id", "/b.csv row 4"),
-        ("one", "duplicate_id", "/set/one.mp4"),
-        ("ragged", "ragged_row", "/b.csv row 5"),
-        ("t~..~up%20%1B", "unsafe_name", r"/t.tar: ../up \x1b"),
-        ("t~in~l", "missing", "/t.tar: in/l"),
-        ("t~k", "damaged", "/t.tar"),
-        ("u", "damaged_tar", "/u.tar"),
+    assert [(r["videoid"], r["reason"], r["source"]) for r in told] == [
+        ("%E9", "unsafe_name", "?.mp4"),
+        ("bad", "unsafe_name", "a.csv row 3"),
+        ("four", "duplicate_id", "four.mp4"),
+        ("one", "damaged", "p/one.mp4 or one.mp4"),
+        ("one", "duplicate_id", "b.csv row 3"),
+        ("one", "duplicate_id", "b.csv row 4"),
+        ("one", "duplicate_id", "one.mp4"),
+        ("ragged", "ragged_row", "b.csv row 5"),
+        ("t~..~up%20%1B", "unsafe_name", r"t.tar: ../up \x1b"),
+        ("t~in~l", "missing", "t.tar: in/l"),
+        ("t~k", "damaged", "t.tar"),
+        ("u", "damaged_tar", "u.tar"),
     ]
 
 

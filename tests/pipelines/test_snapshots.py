@@ -42,7 +42,7 @@ def test_every_row_is_a_clip_or_a_reject_with_its_reason(cache, ids):
         "bytes": cache.counts["bytes"],
     }
     rejects = storage.read_rows(f"{cache.manifest.uri}/rejects.jsonl")
-    assert all(reject["source"].endswith(f"/{reject['videoid']}.mp4") for reject in rejects)
+    assert all(reject["source"] == f"{reject['videoid']}.mp4" for reject in rejects)
     assert {(row["videoid"], row["reason"]) for row in rejects} == {
         *((ids[name], "not_a_video") for name in ("e0", "e1", "f1")),
         (ids["e2"], "missing"),
@@ -51,6 +51,14 @@ def test_every_row_is_a_clip_or_a_reject_with_its_reason(cache, ids):
     assert [reader.known(i)["clip_id"] for i in range(2)] == [f"{ids['a0']}:0", f"{ids['a0']}:1"]
     assert [part["clips"] for part in cache.parts] == [6, 6, 6, 6, 0, 2]
     assert [part["videos"] for part in cache.parts] == [3, 3, 3, 3, 3, 2]
+
+
+def test_a_folder_with_the_name_of_a_video_is_no_video(tmp_path, settings, here, ids):
+    (tmp_path / f"{ids['a0']}.mp4").mkdir()
+    (tmp_path / "one.csv").write_text(f"videoid,name\n{ids['a0']},x\n")
+    made = build_cache(settings(tmp_path, f"catalog.csv={tmp_path}/one.csv", f"catalog.videos={tmp_path}"))
+    (reject,) = storage.read_rows(f"{made.manifest.uri}/rejects.jsonl")
+    assert (reject["reason"], reject["message"]) == ("not_a_video", "a folder has its name")
 
 
 def test_copies_of_a_video_are_in_the_split_of_the_first_and_the_drawn_one_is_told(cache, ids):
