@@ -313,14 +313,6 @@ def looks_like(state: Mapping[str, Tensor]) -> str | None:
     return next((kind for kind, fits in kinds if fits()), None)
 
 
-def with_positions(model: Any) -> Any:
-    """What no file holds of a CLIP model that was made on the meta device: the positions, which are counted up."""
-    for module in model.modules():
-        if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(module.position_ids.shape[-1], device="cpu")[None]
-    return model
-
-
 def load_into(
     module: nn.Module | Mapping[str, nn.Module],
     state: Mapping[str, Tensor],

@@ -205,8 +205,8 @@ class InitialNoiseConfig(Section):
     where: Where = Field({}, description="only clips with scores in a range: {motion: [0.1, null]}")
     name: str = Field(
         "initial_noise",
-        description="its folder under `out`: one for each filter or snapshot",
-        pattern=r"^[A-Za-z0-9][\w.+-]*$",
+        description="its folder under `out`, one for each filter or snapshot: initial_noise-moving",
+        pattern=r"^initial_noise[\w.+-]*$",
     )
 
 

@@ -18,7 +18,7 @@ BUCKETS = 10
 
 
 class Curve:
-    """Means since the last point, over all ranks."""
+    """Since the last point: losses over all ranks, the last step's norm, and the pace as rank 0 sees it."""
 
     def __init__(self, device: torch.device, flops: Callable[[], float]) -> None:
         """`flops`: of a sample's forward pass."""

@@ -101,7 +101,7 @@ def _fit(config: Config, missing: list[str], identities: dict[str, Identity], pr
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from pipelines.network import OnRaysNetwork
+    from pipelines.rendezvous import OnRaysNetwork
 
     settings = config.finetune
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cil.checkpoints import load_into, naming, read, with_positions, write_diffusers
+from cil.checkpoints import load_into, naming, read, write_diffusers
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
 from cil.families.base import Clip, Condition, Dropped, Preset, image_latent, precision_of
 from cil.families.captions import CaptionedFamily
 from cil.families.sd_vae import seeded
+from cil.nets.openclip import with_positions
 from cil.processes import per_sample
 
 TEXT_TOKENS = 77

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cil.checkpoints import FRAME_STRIDE, compare, load_into, naming, read, renamed, select, with_positions, write_lvdm
+from cil.checkpoints import FRAME_STRIDE, compare, load_into, naming, read, renamed, select, write_lvdm
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
 from cil.families.base import Clip, Condition, Dropped, Options, Preset, image_latent, precision_of
@@ -23,7 +23,7 @@ from cil.families.captions import CaptionedFamily
 from cil.families.sd_vae import seeded
 from cil.nets.autoencoder import Autoencoder
 from cil.nets.lvdm import TEXT_TOKENS, LVDMUNet, Resampler
-from cil.nets.openclip import ImageTower, TextTower, image_tokens, text_tokens
+from cil.nets.openclip import ImageTower, TextTower, image_tokens, text_tokens, with_positions
 from cil.processes import VP, Prediction, per_sample
 
 TOKENS_OF_AN_IMAGE = 16  # that the projector makes

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cil.checkpoints import load_into, naming, read, read_ema, with_positions, write_diffusers, write_svd_cil
+from cil.checkpoints import load_into, naming, read, read_ema, write_diffusers, write_svd_cil
 from cil.conditioning import ConditioningNoise
 from cil.draws import Draws
 from cil.families.base import Clip, Condition, Dropped, Preset, image_latent, precision_of
 from cil.families.sd_vae import SDVAEFamily, seeded
-from cil.nets.openclip import ImageTower
+from cil.nets.openclip import ImageTower, with_positions
 from cil.objectives import edm_weight
 from cil.processes import per_sample
 

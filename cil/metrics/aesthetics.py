@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from cil.checkpoints import State, digest, load_into, naming, read, with_positions
-from cil.nets.openclip import clip_pixels
+from cil.checkpoints import State, digest, load_into, naming, read
+from cil.nets.openclip import clip_pixels, with_positions
 
 LINEAR = ("",)  # sa_0_4_vit_l_14_linear.pth
 MLP = tuple(f"layers.{i}." for i in (0, 2, 4, 6, 7))  # between them dropout, and no activation

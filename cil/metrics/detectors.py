@@ -12,7 +12,7 @@ A TorchScript file holds a program, and calling it runs that. It holds no Python
 
 import hashlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ class Detector:
     module: Any
     keywords: dict[str, bool]
     probabilities: bool
+    device: torch.device | str = "cpu"
 
     @classmethod
     def features(cls, path: str | Path) -> "Detector":
@@ -56,8 +57,7 @@ class Detector:
         return cls(str(path), module, {k: v for k, v in wanted.items() if k in _arguments(module)}, True)
 
     def to(self, device: torch.device | str) -> "Detector":
-        self.module.to(device)
-        return self
+        return replace(self, module=self.module.to(device), device=device)
 
     @property
     def identity(self) -> str:
@@ -69,7 +69,7 @@ class Detector:
     def __call__(self, frames: Tensor) -> Tensor:
         if frames.dtype != torch.uint8 or frames.dim() != 5 or frames.shape[-1] != 3:
             raise ValueError(f"frames of {frames.dtype}, shape {list(frames.shape)}: uint8 [B, T, H, W, 3]")
-        videos = rearrange(frames, "b t h w c -> b c t h w").contiguous()
+        videos = rearrange(frames, "b t h w c -> b c t h w").contiguous().to(self.device)
         told = f"{self.path}, of videos {list(videos.shape)}"
         try:
             # Not profiled and compiled anew on the way: the second video is to be computed as the first one was.

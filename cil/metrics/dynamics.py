@@ -20,7 +20,7 @@ ENOUGH = 4 / 16  # of the frames
 
 
 def fastest(flow: Flow) -> list[float]:
-    """Of each pair of frames, the mean motion of the SHARE of its pixels that moves most, in pixels of the flow."""
+    """Of each pair of frames, how fast the SHARE of its pixels moves that moves most, in pixels of its own pictures."""
     found = []
     for field in flow.fields:
         speed = np.sort((field.astype(np.float64) ** 2).sum(-1).ravel()) ** 0.5

@@ -13,7 +13,7 @@ A checkpoint has the text tower behind the prefix `cond_stage_model.model.` and 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -178,6 +178,14 @@ class ImageTower(Tower):
             hidden_act="gelu",
         )
         return CLIPVisionModelWithProjection(config)
+
+
+def with_positions(model: Any) -> Any:
+    """What no file holds of a CLIP model that was made on the meta device: the positions, which are counted up."""
+    for module in model.modules():
+        if "position_ids" in module._buffers:
+            module.position_ids = torch.arange(module.position_ids.shape[-1], device="cpu")[None]
+    return model
 
 
 def text_tokens(model: "CLIPTextModelWithProjection", ids: Tensor) -> Tensor:

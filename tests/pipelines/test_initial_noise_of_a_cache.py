@@ -111,7 +111,7 @@ def test_what_is_written_loads_back_and_the_estimate_is_a_picture(built, setting
 def test_noises_of_two_filters_stand_side_by_side_each_with_its_card(built, settings, here, cache, capsys):
     plain, moving = (
         settings(built),
-        settings(built, "initial_noise.name=moving", "initial_noise.where={motion: [0, 9]}"),
+        settings(built, "initial_noise.name=initial_noise-moving", "initial_noise.where={motion: [0, 9]}"),
     )
     for config in (plain, moving):
         make_initial_noise(config)

@@ -37,6 +37,8 @@ def video(
     **options: str,
 ) -> bytes:
     target = io.BytesIO()
+    if codec == "libx264":  # whose macroblock tree answers differently now and then (docs/log.md)
+        options["x264-params"] = ":".join(filter(None, ["mbtree=0", options.get("x264-params")]))
     with av.open(target, "w", format=container, container_options={"movflags": movflags} if movflags else {}) as file:
         stream = file.add_stream(codec, rate=30, options={"threads": "1", **options})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels

@@ -1,4 +1,4 @@
-"""The network on which the ranks of a training find each other: Ray's own, whichever others a node has."""
+"""Where the ranks of a training meet: on the interface that Ray itself is reached by, whichever others a node has."""
 
 import os
 from typing import Any
