@@ -34,8 +34,9 @@ class Curve:
         """Which were not training."""
         self.begin += seconds
 
-    def add(self, loss: Tensor, u: Tensor) -> None:
-        """u: the time in [0, 1] of each loss."""
+    def add(self, loss: Tensor, u: Tensor, norm: float) -> None:
+        """Of a step. u: the time in [0, 1] of each loss."""
+        self.norm = norm
         bucket = (u * BUCKETS).long().clamp_max(BUCKETS - 1)
         self.sums[0].index_add_(0, bucket, loss.detach().double())
         self.sums[1].index_add_(0, bucket, torch.ones_like(loss, dtype=torch.float64))

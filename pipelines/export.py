@@ -7,7 +7,7 @@ from pipelines.checkpoints import Stored, training_of
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.models import family_of
-from pipelines.weights import KIND, plan_weights, write_stored
+from pipelines.weights import KIND, counts_of, plan_weights, write_stored
 
 
 def export(config: Config) -> Manifest:
@@ -26,7 +26,8 @@ def export(config: Config) -> Manifest:
         print(f"{KIND}: {weights.uri} is finished; nothing to do")
         return weights.manifest()
     weights.begin(config.model_dump_json(indent=1))
-    return write_stored(config, family, rows[name].settings, rows[name].seed, stored, weights)
+    files = write_stored(config, family, rows[name].settings, rows[name].seed, stored, weights)
+    return weights.finish(counts_of(stored), files=files)
 
 
 def _chosen(folder: str, wanted: str | int) -> str:

@@ -1,6 +1,7 @@
 """The one place that talks to MLflow: a study is an experiment, each of its rows a run, found again by fingerprint."""
 
 import contextlib
+import hashlib
 import json
 import os
 import posixpath
@@ -72,22 +73,20 @@ class Run:
             self._client.log_artifact(self.id, str(path), posixpath.dirname(name) or None)
 
     def register(self, name: str, weights: Artifact, told: dict[str, Any]) -> None:
-        """In the model registry by URI and digest: nothing is copied. Once, whatever is run again."""
+        """In the model registry by URI and digest: nothing is copied. Once, whatever is run again.
+
+        `told` of them: counts, and `files`, the SHA-256 of each.
+        """
         from mlflow.exceptions import MlflowException
 
         with contextlib.suppress(MlflowException):  # it is there already
             self._client.create_registered_model(name)
-        digest = f"tags.`cil.fingerprint` = '{weights.fingerprint}'"
-        if not self._client.search_model_versions(f"name = '{name}' and {digest}"):
-            card = {
-                "uri": weights.uri,
-                "fingerprint": weights.fingerprint,
-                **weights.identity,
-                "samples": told["samples"],
-                "steps": told["steps"],
-            }
+        same = f"tags.`cil.fingerprint` = '{weights.fingerprint}'"
+        if not self._client.search_model_versions(f"name = '{name}' and {same}"):
+            card = {"uri": weights.uri, "fingerprint": weights.fingerprint, **weights.identity, **told}
             self.file("model/card.json", json.dumps(card, indent=1).encode())
-            tags = {"cil.fingerprint": weights.fingerprint, "cil.uri": weights.uri}
+            digest = hashlib.sha256(json.dumps(told["files"], sort_keys=True).encode()).hexdigest()
+            tags = {"cil.fingerprint": weights.fingerprint, "cil.uri": weights.uri, "cil.sha256": digest}
             self._client.create_model_version(name, f"runs:/{self.id}/model", self.id, tags=tags)
 
     def finish(self, status: str = "FINISHED") -> None:

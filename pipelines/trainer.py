@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cil import Draws
 from cil.flops import of_next_call
 from pipelines import checkpoints, storage, zero
 from pipelines.artifact import Artifact, commit, versions
@@ -29,9 +28,10 @@ from pipelines.models import family_of
 from pipelines.reader import ClipReader, lanes
 from pipelines.rows import learning_rate, objective_of, order_of
 from pipelines.shards import Shards
+from pipelines.step import Step
 from pipelines.tracking import Feed, SystemMetrics
 from pipelines.validation import Validation
-from pipelines.weights import trained_network, write_stored
+from pipelines.weights import counts_of, trained_network, write_stored
 
 SKIPPED = "skipped.json"  # the batches that were left out, by the samples before them
 MOST = 10  # of them
@@ -64,9 +64,10 @@ class RowTrainer:
         self.family = family_of(config)
         self.clips = ClipReader(cache, "train", self.row.where)
         self.order = order_of(self.clips, self.row, self.seed)
-        self.objective = objective_of(config, self.family, self.row)
         self.folder = training_of(config, name, made)
         self.micro_batch = self.settings.micro_batch or self.row.batch // self.world
+        objective = objective_of(config, self.family, self.row)
+        self.one_step = Step(self.family, objective, self.row, self.seed, self.micro_batch)
         self.validation = Validation(config, self.family, cache) if self.settings.validate_every else None
         self.run = self.open_run() if self.rank == 0 else None
         self.system = SystemMetrics() if self.rank == 0 else None
@@ -143,19 +144,9 @@ class RowTrainer:
                 self.writer.wait()
 
     def step(self, positions: list[int], batch: Mapping[str, Tensor]) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate(self.row, self.samples)
-        losses = []
-        for begin in range(0, len(positions), self.micro_batch):
-            some = slice(begin, begin + self.micro_batch)
-            micro = {name: tensor[some].to(self.device) for name, tensor in batch.items()}
-            draws = Draws([(self.seed, p) for p in positions[some]], self.device)
-            loss, t, _ = self.objective(self.family, self.engine, micro, draws)
-            norm = zero.step(self.engine, loss.mean(), self.row.clip_norm)
-            losses.append(loss.detach())
-            self.curve.add(loss, self.family.process.unit_time(t))
-        self.refuse_not_finite(positions, torch.cat(losses), norm)
-        self.curve.norm = norm
+        losses, times, norm = self.one_step(self.engine, self.samples, positions, batch)
+        self.curve.add(losses, self.family.process.unit_time(times), norm)
+        self.refuse_not_finite(positions, losses, norm)
         steps = self.steps_before + self.engine.global_steps - self.engine.skipped_steps
         if steps > self.steps:  # or float16's gradients were too large, and nothing has moved
             self.shards.average(self.row.ema)
@@ -260,10 +251,12 @@ class RowTrainer:
         self.writer.wait()
         if self.run:
             stored = Stored(checkpoints.found(self.folder)[-1])
-            self.run.register(f"{self.config.tracking.experiment}.{self.name}", self.made, stored.told)
+            files = write_stored(self.config, self.family, self.row, self.seed, stored, self.made)
+            name = f"{self.config.tracking.experiment}.{self.name}"
+            self.run.register(name, self.made, counts_of(stored) | {"files": files})
             self.run.finish()
             self.run.flush()  # before the row is finished: another run of the job would not come back to it
-            write_stored(self.config, self.family, self.row, self.seed, stored, self.made)
+            self.made.finish(counts_of(stored), files=files)
 
     def close(self) -> None:
         """What the next row, or the same one again, is to have room for."""

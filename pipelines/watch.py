@@ -1,7 +1,7 @@
 """How a build of a latent cache goes: on its line of progress, in `build.json`, and as curves of an MLflow run.
 
-Where `tracking.uri` names a store, the run is opened when the build begins, and found again when it goes on. A store
-that goes away costs the build nothing. Rates are of this attempt; the last point counts all clips.
+Where `tracking.uri` names a store, the run is opened when the workers start, and found again when the build goes on. A
+store that goes away costs the build nothing. Rates are of this attempt; the last point counts all clips.
 """
 
 import json
@@ -25,10 +25,13 @@ class Watch:
         self._config, self._snapshot, self._planned = config, snapshot, planned
         self._begin, self._next = 0.0, 0.0
         self._figures: dict[str, float] = {}
-        self._feed = self._opened() if config.tracking.uri else None
+        self._feed: Feed | None = None
+        if config.tracking.uri:
+            refuse_unreachable(config)
 
-    def _opened(self) -> Feed:
-        refuse_unreachable(self._config)
+    def _opened(self) -> Feed | None:
+        if not self._config.tracking.uri:
+            return None
         feed = Feed(self._config, "cache", "cache", self._snapshot.fingerprint)
         encoding = self._snapshot.identity["encoding"]
         feed.parameters({key: value for key, value in encoding.items() if key != "code"})
@@ -36,7 +39,7 @@ class Watch:
 
     def begin(self) -> None:
         """The workers are about to start."""
-        self._begin = time.monotonic()
+        self._feed, self._begin = self._opened(), time.monotonic()
 
     def __call__(self, done: int, told: Counter[str]) -> str:
         """A part more is made. `done`: clips of all; `told`: what the parts of this attempt told."""
@@ -66,6 +69,7 @@ class Watch:
             storage.write(self._snapshot.path(BUILD), json.dumps(self._figures, indent=1).encode())
 
     def finish(self, tags: dict[str, Any], counts: dict[str, int]) -> None:
+        self._feed = self._feed or self._opened()  # of an attempt that had nothing left to make
         if self._feed:
             self._feed.tags(tags)
             self._feed.metrics(self._figures | counts, self._planned)

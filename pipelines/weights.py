@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from pipelines.shards import AVERAGE, WEIGHTS
 
 KIND = "weights"
 CODE = (
-    *("pipelines.trainer", "pipelines.rows", "pipelines.shards", "pipelines.zero", "pipelines.reader"),
+    *("pipelines.step", "pipelines.rows", "pipelines.shards", "pipelines.zero", "pipelines.reader"),
     *("cil.objectives", "cil.conditioning", "cil.processes", "cil.draws", "cil.moments", "cil.trainable"),
 )
 KINDS = {True: "ema", False: "raw"}  # subfolders, by whether weights are averaged
@@ -57,25 +56,6 @@ def plan_weights(
         "code": artifact.code(*CODE, *family_code(family)),
     }
     return Artifact(uri_of(config, name), KIND, identity)
-
-
-def write_weights(
-    made: Artifact,
-    family: Family,
-    averaged: dict[str, Tensor],
-    raw: dict[str, Tensor],
-    counts: dict[str, int],
-    **content: Any,
-) -> Manifest:
-    """In the family's published layout: the averages in `ema`, the weights of the last step in `raw`."""
-    files = {}
-    for kind, weights in ((KINDS[True], averaged), (KINDS[False], raw)):
-        with tempfile.TemporaryDirectory() as folder:
-            for name in family.export(weights, Path(folder)):
-                with Path(folder, name).open("rb") as file:
-                    files[f"{kind}/{name}"] = hashlib.file_digest(file, "sha256").hexdigest()
-                storage.put(Path(folder, name), made.path(kind, name))
-    return made.finish(counts, files=files, **content)
 
 
 def read_weights(config: Config, row: str) -> Manifest:
@@ -129,12 +109,27 @@ def trained_network(
 
 
 def write_stored(
-    config: Config, family: Family, row: RowConfig, seed: int, stored: Stored, weights: Artifact
-) -> Manifest:
-    """What is trained comes from the checkpoint, what is frozen from the weights that the row began with."""
-    averaged, raw = (merged(trained_network(config, family, row, seed, stored.of(k))) for k in (AVERAGE, WEIGHTS))
-    counts = {name: stored.told[name] for name in ("samples", "steps", "clips", "skipped_batches")}
-    return write_weights(weights, family, averaged, raw, counts)
+    config: Config, family: Family, row: RowConfig, seed: int, stored: Stored, made: Artifact
+) -> dict[str, str]:
+    """In the family's published layout: the averages in `ema`, the weights of the last step in `raw`.
+
+    What is trained comes from the checkpoint, what is frozen from the weights that the row began with. Answers the
+    SHA-256 of each file; the manifest is still to be written.
+    """
+    files = {}
+    for kind, kept in ((KINDS[True], AVERAGE), (KINDS[False], WEIGHTS)):
+        weights = merged(trained_network(config, family, row, seed, stored.of(kept)))
+        with tempfile.TemporaryDirectory() as folder:
+            for name in family.export(weights, Path(folder)):
+                with Path(folder, name).open("rb") as file:
+                    files[f"{kind}/{name}"] = hashlib.file_digest(file, "sha256").hexdigest()
+                storage.put(Path(folder, name), made.path(kind, name))
+    return files
+
+
+def counts_of(stored: Stored) -> dict[str, int]:
+    """What a manifest of weights counts."""
+    return {name: stored.told[name] for name in ("samples", "steps", "clips", "skipped_batches")}
 
 
 def _made_here(row: str) -> bool:

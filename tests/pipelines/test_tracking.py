@@ -1,3 +1,4 @@
+import hashlib
 import json
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def test_what_is_told_again_in_one_attempt_is_one_point(config):
 
 
 def test_weights_are_registered_once_with_their_place_and_what_they_are(config, tmp_path):
-    run, told = Run(config, "row", "train", "print-8"), {"samples": 8, "steps": 1}
+    run, told = Run(config, "row", "train", "print-8"), {"samples": 8, "steps": 1, "files": {"ema/net": "ab12"}}
     weights = [Artifact(f"{tmp_path}/weights/row", "weights", {"preset": "tiny", "of": of}) for of in (1, 1, 2)]
     for made in weights:
         run.register("study.row", made, told)
@@ -57,6 +58,8 @@ def test_weights_are_registered_once_with_their_place_and_what_they_are(config, 
     versions = client.search_model_versions("name = 'study.row'")
     assert sorted(v.tags["cil.fingerprint"] for v in versions) == sorted({made.fingerprint for made in weights})
     assert {v.tags["cil.uri"] for v in versions} == {f"{tmp_path}/weights/row"}
+    files = hashlib.sha256(b'{"ema/net": "ab12"}').hexdigest()
+    assert {v.tags["cil.sha256"] for v in versions} == {files}
     card = json.loads(Path(client.download_artifacts(run.id, "model/card.json")).read_text())
     assert card == {
         "uri": f"{tmp_path}/weights/row",
@@ -65,6 +68,7 @@ def test_weights_are_registered_once_with_their_place_and_what_they_are(config, 
         "of": 2,
         "samples": 8,
         "steps": 1,
+        "files": {"ema/net": "ab12"},
     }
 
 

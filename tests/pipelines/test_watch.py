@@ -19,7 +19,7 @@ from pipelines import clips, storage, watch
 from pipelines.artifact import Artifact
 from pipelines.cache import SNAPSHOT, build_cache
 from pipelines.config import load
-from pipelines.errors import Unfinished
+from pipelines.errors import Unfinished, UserError
 from pipelines.progress import Progress
 from pipelines.tracking import runs
 from pipelines.watch import Watch
@@ -184,6 +184,14 @@ def test_a_server_that_is_not_there_is_told_before_anything_is_begun(tmp_path, s
         build_cache(settings(tmp_path, "tracking.uri=http://127.0.0.1:9"))
     assert not (tmp_path / "cache").exists()
     assert here.made == []
+
+
+def test_a_build_that_is_refused_leaves_no_run(tmp_path, settings, here):
+    told = (f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"catalog.videos={tmp_path}/vidoes")
+    config = settings(tmp_path / "out", *told)
+    with pytest.raises(UserError, match="that were looked for is there"):
+        build_cache(config)
+    assert runs(config, "cache") == []
 
 
 def test_points_are_ten_seconds_apart(tmp_path, monkeypatch):
