@@ -310,6 +310,9 @@ class FinetuneConfig(Section):
     )
     log_every: PositiveInt = Field(80, description="clips from one point of the curves to the next")
     max_failures: int = Field(3, description="how often Ray Train may restart the workers", ge=0)
+    only: list[str] | None = Field(
+        None, description="train these of the rows, for example one a cluster; default: all, in turn", min_length=1
+    )
     row: RowConfig = Field(RowConfig(), description="what all rows share")
     rows: dict[str, dict[str, Any]] = Field({"base": {}}, description="the rows, each with what it has of its own")
 
@@ -489,6 +492,9 @@ def load(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
 def _check(config: Config) -> None:
     """What the types alone cannot say."""
     rows = config.training_rows()
+    for wanted in config.finetune.only or ():
+        if wanted not in rows and wanted not in config.finetune.rows:
+            raise UserError(f"finetune.only: {wanted!r} is no row; there are {', '.join(config.finetune.rows)}")
     for arm in [*config.finetune.rows, *config.generate.rows]:
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", arm) or arm in TAKEN:
             taken = ", ".join(TAKEN)

@@ -28,7 +28,7 @@ QUIET = 30  # seconds without a word from the workers, after which it is looked 
 
 
 def finetune(config: Config) -> dict[str, Manifest]:
-    """Every row of the study trained; answers their weights."""
+    """Every row of the study trained, or those that are asked for; answers their weights."""
     cache, family = read_cache(config), family_of(config)
     refuse_other_encoder(cache, family)
     rows = config.training_rows()
@@ -45,10 +45,17 @@ def finetune(config: Config) -> dict[str, Manifest]:
     if config.finetune.validate_every and not len(ClipReader(cache, "validation")):
         unseen = f"no clip in {cache.uri} is for validation (cache.validation={config.cache.validation})"
         raise UserError(f"finetune.validate_every: {unseen}; `null` trains without a look at any")
-    missing = {name: row for name, row in rows.items() if not made[name].finished}
+    chosen = {name: row for name, row in rows.items() if {name, row.arm} & {*(config.finetune.only or rows)}}
+    missing = {name: row for name, row in chosen.items() if not made[name].finished}
     if not missing:
-        print(f"weights: {', '.join(rows)} are finished; nothing to do")
-        return {name: each.manifest() for name, each in made.items()}
+        print(f"weights: {', '.join(chosen)} are finished; nothing to do")
+        return {name: made[name].manifest() for name in chosen}
+    for name, row in missing.items():
+        parent = row.settings.weights
+        if parent in made and parent not in missing and not made[parent].finished:
+            raise UserError(
+                f"finetune.only: {name} begins from {parent}, whose weights are not finished: train it first"
+            )
     refuse_impossible(config, family, missing)
     refuse_unreachable(config)
     cluster.connect()
@@ -63,8 +70,8 @@ def finetune(config: Config) -> dict[str, Manifest]:
         if described := describe_noise(rows[name].settings.conditioning, family):
             print(f"finetune {name}: {described}")
         made[name].begin(config.model_dump_json(indent=1))
-    _fit(pinned(config, cache), list(missing), {name: each.identity for name, each in made.items()}, profile, gpu)
-    return {name: each.manifest() for name, each in made.items()}
+    _fit(pinned(config, cache), {name: made[name].identity for name in missing}, profile, gpu)
+    return {name: made[name].manifest() for name in chosen}
 
 
 def refuse_impossible(config: Config, family: Family, rows: dict[str, TrainingRow]) -> None:
@@ -96,7 +103,7 @@ def choose_profile(config: Config, family: Family, rows: dict[str, TrainingRow],
     return zero.profile_of(name)
 
 
-def _fit(config: Config, missing: list[str], identities: dict[str, Identity], profile: zero.Profile, gpu: bool) -> None:
+def _fit(config: Config, missing: dict[str, Identity], profile: zero.Profile, gpu: bool) -> None:
     import ray.train.torch
     from ray.util.queue import Queue
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -109,7 +116,7 @@ def _fit(config: Config, missing: list[str], identities: dict[str, Identity], pr
     stopped = list[str]()
     listener = threading.Thread(target=_listen, args=(news, stopped, settings.workers, gpu), daemon=True)
     listener.start()
-    loop = {"config": config.model_dump(), "identities": identities, "profile": profile, "gpu": gpu, "news": news}
+    loop = {"config": config.model_dump(), "missing": missing, "profile": profile, "gpu": gpu, "news": news}
     trainer = ray.train.torch.TorchTrainer(
         train_rows,
         train_loop_config=loop,
@@ -148,14 +155,14 @@ def train_rows(loop: dict[str, Any]) -> None:
 
     config = Config.model_validate(loop["config"])
     cache, rows = read_cache(config), config.training_rows()
-    made = {name: Artifact(uri_of(config, name), KIND, identity) for name, identity in loop["identities"].items()}
-    finished = agreed(lambda: [name for name in rows if made[name].finished])
-    for name, row in rows.items():
+    made = {name: Artifact(uri_of(config, name), KIND, identity) for name, identity in loop["missing"].items()}
+    finished = agreed(lambda: [name for name in made if made[name].finished])
+    for name in made:
         if name not in finished:
             trainer = RowTrainer(
                 config,
                 name,
-                row,
+                rows[name],
                 made[name],
                 cache,
                 loop["profile"],

@@ -131,6 +131,14 @@ def test_a_profile_of_the_users_says_nothing_that_the_row_says(tmp_path, text, s
 LOOKS = ("finetune.validate_every=80", "finetune.checkpoint_every=80")
 
 
+def test_a_row_is_not_trained_before_the_one_it_begins_from(settings, built):
+    rows = "finetune.rows={base: {}, after: {weights: base}}"
+    with pytest.raises(UserError, match=r"^finetune\.only: after begins from base, whose weights are not finished: tr"):
+        finetune(settings(built, rows, "finetune.only=[after]"))
+    with pytest.raises(UserError, match=r"^finetune\.only: 'naive' is no row; there are base, after$"):
+        settings(built, rows, "finetune.only=[after, naive]")
+
+
 def test_validation_without_clips_for_it_is_refused(settings, here, tmp_path):
     config = settings(tmp_path, "cache.validation=0", "catalog.limit=6", *LOOKS)
     build_cache(config)
