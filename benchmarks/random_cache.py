@@ -12,8 +12,8 @@ import torch
 
 from pipelines import storage
 from pipelines.artifact import Artifact
-from pipelines.cache import INDEX, KIND, SNAPSHOT, Cache, _finish, part_names, plan_parts
-from pipelines.clips import CLIP, PartMaker
+from pipelines.cache import INDEX, KIND, PLAN, SNAPSHOT, Cache, _finish, part_names, plan_parts
+from pipelines.clips import CLIP, PartMaker, to_ipc
 
 SHAPE, TEXT = (16, 4, 40, 64), (77, 1024)
 VIEWS, VIDEOS_PER_PART = 2, 100
@@ -24,6 +24,7 @@ def written(folder: str, videos: int) -> Cache:
     plan = plan_parts(random.integers(2**63, size=videos, dtype=np.uint64), None, VIDEOS_PER_PART)
     artifact = Artifact(storage.join(folder, "cache"), KIND, {})
     snapshot = Artifact(artifact.path("snapshots", "small"), SNAPSHOT, {})
+    storage.write(snapshot.path(PLAN), to_ipc(plan))
     maker, video = maker_of(artifact.path("parts")), 0
     for number, name in enumerate(part_names(plan)):
         here = range(video, video + int((plan["part"].to_numpy() == number).sum()))
@@ -31,7 +32,8 @@ def written(folder: str, videos: int) -> Cache:
         index, _ = maker._write(name, [clip(random, v, view) for v in here for view in range(VIEWS)], [])
         storage.write(artifact.path("parts", f"{name}.index"), index)
         video = here.stop
-    _finish(artifact, snapshot, plan, VIEWS)
+    catalog: Any = SimpleNamespace(with_sources=lambda rejects, rows: rejects)  # of none
+    _finish(artifact, snapshot, catalog, plan, VIEWS)
     return Cache(artifact.uri, snapshot.manifest())
 
 
@@ -45,7 +47,7 @@ def clip(random: np.random.Generator, video: int, view: int) -> dict[str, Any]:
     known: dict[str, Any] = dict.fromkeys(CLIP.names, 0)
     known |= {"clip_id": f"{video}:{view}", "videoid": str(video), "view": view, "caption": f"caption {video}"}
     known |= {"split": "train", "frame_indices": list(range(16)), "flip": False, "motion": random.uniform()}
-    return known | {"hash": int(random.integers(2**63)), "tensors": {"latents": noise(random, SHAPE)}}
+    return known | {"extra": "", "hash": int(random.integers(2**63)), "tensors": {"latents": noise(random, SHAPE)}}
 
 
 def noise(random: np.random.Generator, shape: tuple[int, ...]) -> torch.Tensor:

@@ -59,7 +59,7 @@ def _ms_a_step(points: list[Any], batch: int) -> list[float]:
 
 def train_in_turn(loop: dict[str, Any]) -> None:
     """What the Ray Train worker runs: jobs.finetune's loop, and after each point of its curves the bare one."""
-    with mock.patch.object(trainer, "RowTrainer", WithBare):
+    with mock.patch.object(finetune, "RowTrainer", WithBare):
         finetune.train_rows(loop)
 
 

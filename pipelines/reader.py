@@ -59,9 +59,11 @@ class ClipReader:
         """Every tensor of these clips, [B, ...], and `frame`, which of their frames is the conditional image."""
         batch, wanted = {}, []
         for name, told in self._parts[self._part[numbers[0]]]["tensors"].items():
-            batch[name] = torch.empty((len(numbers), *told["shape"]), dtype=getattr(torch, told["dtype"]))
-            memory = batch[name].view(-1).view(torch.uint8).numpy().data
-            size = len(memory) // len(numbers)
+            dtype = getattr(torch, told["dtype"])
+            size = math.prod(told["shape"]) * dtype.itemsize
+            held = np.empty(len(numbers) * size, np.uint8)  # numpy asks the kernel for huge pages, torch does not
+            batch[name] = torch.from_numpy(held).view(dtype).view(len(numbers), *told["shape"])
+            memory = held.data
             wanted += [(name, number, memory[i * size : (i + 1) * size]) for i, number in enumerate(numbers)]
         if self._local:
             for one in wanted:

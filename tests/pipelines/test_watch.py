@@ -187,6 +187,7 @@ def test_a_server_that_is_not_there_is_told_before_anything_is_begun(tmp_path, s
 
 
 def test_a_build_that_is_refused_leaves_no_run(tmp_path, settings, here):
+    (tmp_path / "vidoes").mkdir()
     told = (f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", f"catalog.videos={tmp_path}/vidoes")
     config = settings(tmp_path / "out", *told)
     with pytest.raises(UserError, match="that were looked for is there"):
