@@ -41,7 +41,7 @@ from pipelines.config import Config, load
 from pipelines.models import family_of
 from pipelines.parts import _PartWriter
 
-CORES, VIEWS, VIDEOS_PER_PART = 2, 2, 5
+CORES, VIEWS, VIDEOS_PER_PART = 2, 2, 10
 GPU = torch.cuda.is_available()
 SETTINGS = (
     f"cache.gpus={1 / CORES if GPU else 0}",
