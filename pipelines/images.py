@@ -119,17 +119,18 @@ def _refuse_without_images(uri: str, columns: list[str]) -> None:
 
 
 def _of_row(place: str, folder: str, row: dict[str, Any]) -> Picture:
-    def number(key: str, kind: type, least: float) -> Any:
+    def number(key: str, least: float, whole: bool = False) -> Any:
         given = row.get(key)
-        if given is None or given == "" or given != given:  # the NaN of a frame that pandas wrote
+        if given is None or given == "" or given != given:  # NaN is how pandas writes nothing
             return None
         try:
-            value = kind(given)
-        except (ValueError, OverflowError):
+            value = float(given)
+        except ValueError:
             value = math.nan
-        if not least <= value < math.inf or (kind is int and value != float(given)):
-            raise UserError(f"{place}: {key}={given}: a number of at least {least}, or nothing")
-        return value
+        if not least <= value < math.inf or (whole and value % 1):
+            kind = "whole number" if whole else "number"
+            raise UserError(f"{place}: {key}={given}: a {kind} of at least {least}, or nothing")
+        return int(value) if whole else value
 
     name = str(row["image"] or "").strip()
     below = posixpath.normpath(name)
@@ -141,8 +142,8 @@ def _of_row(place: str, folder: str, row: dict[str, Any]) -> Picture:
         name=name,
         uri=uri,
         prompt=str(row.get("prompt") or ""),
-        fps=number("fps", float, 0.1),
-        seed=number("seed", int, 0),
+        fps=number("fps", 0.1),
+        seed=number("seed", 0, whole=True),
         problem="unsafe_name" if not remote and (unsafe or "://" in name) else "",
     )
 
