@@ -30,6 +30,7 @@ ENDINGS = (
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2"),
     *(".ppm", ".pgm"),
 )
+LONGEST = 200  # of an id, as a file's name has 255 bytes at most
 OPTIONAL = ("id", "prompt", "fps", "seed")
 
 
@@ -94,7 +95,8 @@ def _csv(uri: str) -> list[dict[str, Any]]:
         raise UserError(f"{KEY}={uri}: is no csv ({error})") from None
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
-            raise UserError(f"{KEY}={uri}: row {number} has not as many fields as the header, {len(rows[0])}")
+            wanted = len(reader.fieldnames or ())
+            raise UserError(f"{KEY}={uri}: row {number} has not as many fields as the header, {wanted}")
     return rows
 
 
@@ -132,7 +134,9 @@ def _of_row(place: str, folder: str, row: dict[str, Any]) -> Picture:
             raise UserError(f"{place}: {key}={given}: a {kind} of at least {least}, or nothing")
         return int(value) if whole else value
 
-    name = str(row["image"] or "").strip()
+    if not isinstance(row["image"], str | None):
+        raise UserError(f"{place}: image is a {type(row['image']).__name__}; expected is the path of a file")
+    name = (row["image"] or "").strip()
     below = posixpath.normpath(name)
     unsafe = not name or posixpath.isabs(below) or below.split("/")[0] in ("..", ".") or "\0" in name
     remote = name.startswith("s3://")
@@ -155,6 +159,8 @@ def _told_apart(pictures: list[Picture]) -> list[Picture]:
     apart = []
     for picture in pictures:
         name = own = escaped(picture.id) or "image"
+        if len(own) > LONGEST:
+            name = own = f"{own[:LONGEST]}-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
         count = 1
         while name in taken or (count > 1 and name in given):
             count += 1

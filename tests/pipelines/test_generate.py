@@ -1,10 +1,14 @@
 """jobs.generate in this process: images made elsewhere, the settings of a row, what is rejected, the same pixels."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pandas as pd
 import pytest
@@ -159,6 +163,15 @@ def test_an_id_of_the_table_names_the_file_and_cannot_leave_the_folder(tmp_path)
     assert [each.id for each in read_images(f"{tmp_path}/t.csv")] == ["..~..~x", "a"]
 
 
+def test_a_name_as_long_as_a_prompt_names_its_video_too(of, tmp_path):
+    names = ["ein Hund läuft über die Straße " * 7 + each for each in "ab"]
+    for i, name in enumerate(names):
+        picture(tmp_path / f"in/{name}.png", i)
+    made = generate(of(f"generate.images={tmp_path}/in"))["one"]
+    assert [line["image"] for line in index(made)] == [f"{name}.png" for name in names]
+    assert len(videos(made)) == 2
+
+
 def test_what_cannot_be_read_is_a_reject_with_its_reason_and_the_rest_goes_on(of, tmp_path, images):
     folder = tmp_path / "mixed"
     picture(folder / "good.png", 0)
@@ -217,13 +230,17 @@ def test_a_set_without_one_image_that_can_be_read_is_refused_and_stays_unfinishe
         ({"t.csv": "image,seed\na.png,-1\n"}, "t.csv", "row 1: seed=-1: a whole number of at least 0"),
         ({"t.csv": "image,seed\na.png,1.5\n"}, "t.csv", "row 1: seed=1.5: a whole number"),
         ({"t.parquet": "no table"}, "t.parquet", "is no parquet file"),
+        ({"t.parquet": {"image": [{"bytes": b"", "path": "a.png"}]}}, "t.parquet", "row 1: image is a dict"),
         ({"t.txt": "a.png"}, "t.txt", "cannot be read .* expected is a folder of images, or a .csv or .parquet"),
     ],
 )
 def test_images_that_are_none_are_one_line_before_anything_starts(files, name, said, of, tmp_path):
     for file, content in files.items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_text(content)
+        if isinstance(content, dict):
+            pd.DataFrame(content).to_parquet(tmp_path / file)
+        else:
+            (tmp_path / file).write_text(content)
     with pytest.raises(UserError, match=said) as error:
         generate(of(f"generate.images={tmp_path}/{name}"))
     assert "\n" not in str(error.value)
@@ -358,13 +375,67 @@ def test_the_study_of_the_documentation_has_the_rows_that_it_says(tmp_path):
     }
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_worker_samples_on_a_gpu_if_it_has_a_share_of_one_and_never_else(of, monkeypatch):
+    """Where PyTorch says that there is one, and fails if it is asked for it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    row = of().evaluation_rows()["one"]
+    Sampler(of().model_dump()).network(row.weights, True)
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        Sampler(of("generate.gpus=0.5").model_dump()).network(row.weights, True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("name", ["toy", "svd", "dynamicrafter", "i2vgenxl"])
+def test_a_sample_of_a_gpu_is_that_of_a_cpu_but_for_rounding(name, of, images):
+    size = ("family.height=32", "family.width=32") if name != "toy" else ()
+    one, other = (latents_of(of(f"family.name={name}", *size, f"generate.gpus={g}"), [0], images) for g in (0, 1))
+    assert (one["a"] - other["a"].cpu()).abs().max() < 0.05 * one["a"].std()
+
+
+@pytest.mark.slow
+def test_more_gpus_than_the_cluster_has_are_one_line_and_exit_2(tmp_path, images, weights):
+    told = (*SIZE, f"out={tmp_path}", f"generate.images={images}", f"generate.rows={{one: {{weights: {weights}}}}}")
+    command = [sys.executable, "-m", "jobs.generate", *told, "generate.gpus=1"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 2, done.stderr
+    wanted = "generate: generate.gpus=1.0: the cluster has 0 GPUs; 0 samples on CPUs"
+    assert done.stderr.strip().splitlines()[-1] == wanted
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_and_videos_are_on_s3_as_on_a_disk(of, images, endpoint, tmp_path):
+    client = boto3.client("s3")
+    for name in NAMES:
+        client.upload_file(str(images / f"{name}.png"), "webvid", f"photos/{name}.png")
+    table = "image,prompt\na.png,an ant\ns3://webvid/photos/b.png,a bee\nnone.png,\n../photos/a.png,\n"
+    client.put_object(Bucket="webvid", Key="photos/t.csv", Body=table.encode())
+    here, there = (
+        generate(of())["one"],
+        generate(of("generate.images=s3://webvid/photos", "out=s3://webvid/out"))["one"],
+    )
+    for name in NAMES:
+        assert storage.read(f"{there.uri}/{name}.mp4") == videos(here)[f"{name}.mp4"]
+    told = [(each.id, each.uri, each.problem) for each in read_images("s3://webvid/photos/t.csv")]
+    assert told == [
+        ("a", "s3://webvid/photos/a.png", ""),
+        ("b", "s3://webvid/photos/b.png", ""),
+        ("none", "s3://webvid/photos/none.png", "missing"),
+        ("..~photos~a", "s3://webvid/photos/../photos/a.png", "unsafe_name"),
+    ]
+    with pytest.raises(UserError, match=r"s3://webvid/nothing: has no images .it is empty, or not there"):
+        read_images("s3://webvid/nothing")
+
+
 # -- the same pixels ---------------------------------------------------------------------------------------------------
 
 
 def latents_of(config: Config, numbers: list[int], images: Path) -> dict[str, torch.Tensor]:
     sampler = Sampler(config.model_dump())
     if config.family.name != "toy":
-        sampler._net = ((sampler.rows["one"].weights, True), sampler.family.network(0).eval())
+        net = sampler.family.network(0).to(sampler.device).eval()
+        sampler._net = ((sampler.rows["one"].weights, True), net)
     pictures = read_images(str(images))
     samples = [{"picture": vars(pictures[i]), "seed": 0, "ending": ""} for i in numbers]
     lines, batch = sampler.pictures(sampler.rows["one"].settings, samples)
