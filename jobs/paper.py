@@ -19,12 +19,12 @@ def run(config: Config) -> None:
     from pipelines.cache import build_cache
     from pipelines.compare import compare
     from pipelines.finetune import finetune
-    from pipelines.generate import generate, refuse_impossible_starts
+    from pipelines.generate import generate, refuse_impossible_rows
     from pipelines.initial_noise import make_initial_noise
     from pipelines.make_shapes import make_shapes
     from pipelines.score import score
 
-    refuse_impossible_starts(config)  # before hours are spent on what they would start from
+    refuse_impossible_rows(config)  # before hours are spent on what they would start from
     took = {}
     for step in (make_shapes, build_cache, make_initial_noise, finetune, generate, score, compare):
         begin = time.monotonic()

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pipelines import storage
 from pipelines.errors import Unfinished, UserError
 
+DOES = {"cache.gpus": "encodes", "generate.gpus": "samples"}
 PROBE_SECONDS = 60  # for a node to start a process and look at a file
 
 
@@ -32,19 +33,19 @@ def connect() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def workers(gpus: float = 0) -> int:
-    """How many the cluster has room for, of a CPU each, and of such a share of a GPU."""
+def workers(gpus: float = 0, key: str = "cache.gpus") -> int:
+    """How many the cluster has room for, of a CPU each, and of such a share of a GPU, for which `key` asks."""
     import ray
 
     have = ray.cluster_resources()
     if gpus and not have.get("GPU", 0) >= gpus:
-        raise UserError(f"cache.gpus={gpus}: the cluster has {have.get('GPU', 0):g} GPUs; 0 encodes on CPUs")
+        raise UserError(f"{key}={gpus}: the cluster has {have.get('GPU', 0):g} GPUs; 0 {DOES[key]} on CPUs")
     if not gpus:
         return int(have.get("CPU", 1))
     if not ray.get(ray.remote(num_gpus=gpus)(_sees_gpu).remote()):
         raise UserError(
-            f"cache.gpus={gpus}: PyTorch sees no GPU where Ray has one (a build for CPUs, or for another driver?); "
-            "0 encodes on CPUs"
+            f"{key}={gpus}: PyTorch sees no GPU where Ray has one (a build for CPUs, or for another driver?); "
+            f"0 {DOES[key]} on CPUs"
         )
     return int(min(int(have["GPU"]) * int(1 / gpus), have.get("CPU", 1)))  # no worker has parts of two GPUs
 

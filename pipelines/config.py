@@ -1,11 +1,12 @@
 """The one typed configuration tree: a YAML file, then dotted overrides (`cache.stride=2`), checked before any start."""
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import yaml
@@ -20,6 +21,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from pipelines.errors import UserError
@@ -59,6 +61,12 @@ def _share(value: Any) -> Any:
     return value
 
 
+def _once(values: list[int]) -> list[int]:
+    if len(set(values)) < len(values):
+        raise ValueError("each once")
+    return values
+
+
 Uris = Annotated[str | tuple[str, ...], BeforeValidator(_absolute_each)]
 RowOrUri = Annotated[str, AfterValidator(lambda name: absolute(name) if "/" in name else name)]
 
@@ -71,6 +79,29 @@ def inside(region: tuple[float, float, float, float]) -> tuple[float, float, flo
 
 
 Region = Annotated[tuple[float, float, float, float], AfterValidator(inside)]
+
+
+Value = bool | int | float | str | None
+
+
+def _swept(value: Any, within: str = "") -> dict[str, list[Value]]:
+    """Dotted keys, each with values that can be a part of a name. On the command line dots make sections."""
+    if not isinstance(value, dict):
+        raise ValueError("keys with lists of values, for example {M: [700, 900]}")
+    found: dict[str, list[Value]] = {}
+    for key, values in value.items():
+        if isinstance(values, dict):
+            found |= _swept(values, f"{within}{key}.")
+            continue
+        if not isinstance(values, list) or not values or not all(isinstance(each, Value) for each in values):
+            raise ValueError("each key with a list of numbers, words, true, false or null")
+        if not all(re.fullmatch(r"[\w.+-]+", each) for each in values if isinstance(each, str)):
+            raise ValueError("its words become a part of a row's name: letters, digits and _ . + -")
+        found[f"{within}{key}"] = values
+    return found
+
+
+Sweep = Annotated[dict[str, list[Value]], BeforeValidator(_swept)]
 
 
 class Section(BaseModel):
@@ -314,7 +345,11 @@ class FinetuneConfig(Section):
         None, description="train these of the rows, for example one a cluster; default: all, in turn", min_length=1
     )
     row: RowConfig = Field(RowConfig(), description="what all rows share")
-    rows: dict[str, dict[str, Any]] = Field({"base": {}}, description="the rows, each with what it has of its own")
+    rows: dict[str, dict[str, Any]] = Field(
+        {"base": {}},
+        description="the rows, each with what it has of its own; with `sweep: {conditioning.beta_m: [0.5, 1], "
+        "conditioning.a: [1, 5]}` one is four: NAME_beta_m=0.5_a=1 ...",
+    )
 
 
 class ExportConfig(Section):
@@ -324,32 +359,75 @@ class ExportConfig(Section):
     checkpoint: Literal["last", "best"] | NonNegativeInt = Field("last", description="or the number of its clips seen")
 
 
-class GenerateRowConfig(Section):
-    """One row of the comparison: weights x M x start."""
+class SamplingConfig(Section):
+    """How a row is sampled."""
 
-    weights: RowOrUri = Field(
-        "base",
-        description="a row of finetune.rows (a set for each seed), a URI of weights, or published (the family's)",
-    )
-    ema: bool = Field(True, description="the averaged weights, where there are also raw ones")
+    steps: PositiveInt = Field(12, description="of DDIM, for svd of Euler's method")
     M: PositiveFloat | None = Field(
         None, description="where sampling starts: a step 1..1000, for svd a sigma; default: the end of the process"
     )
-    start: Literal["gaussian", "analytic"] = Field("gaussian", description="x_M from N(0, I) or from Analytic-Init")
+    start: Literal["gaussian", "analytic", "diagonal"] = Field(
+        "gaussian",
+        description="x_M from N(0, I), or from Analytic-Init: with the paper's one variance, or each element's own",
+    )
     guidance: PositiveFloat = Field(1.0, description="classifier-free guidance scale; 1: none")
+    fps: PositiveFloat | None = Field(
+        None,
+        description="frames a second that the network is told and the video has; default: the clip's or the image's",
+    )
+    motion: int | None = Field(None, description="motion bucket id, which only svd is told; default: 20", ge=0)
+    ema: bool = Field(True, description="the averaged weights, where there are also raw ones")
+    seeds: Annotated[list[NonNegativeInt], AfterValidator(_once)] = Field(
+        [0], description="of the noise: a video of each image for each", min_length=1
+    )
 
 
-class GenerateConfig(Section):
-    """jobs.generate: videos from the first frames of held-out clips."""
+class SweepConfig(Section):
+    sweep: Sweep = Field(
+        {}, description="a row of each combination: {M: [700, 900], start: [gaussian, analytic]}: NAME_M=700_start=..."
+    )
 
+
+class GenerateRowConfig(SamplingConfig, SweepConfig):
+    """One row of the comparison: weights x M x start. What it does not say of sampling is what `generate` says."""
+
+    weights: RowOrUri = Field(
+        "base",
+        description="a row of finetune.rows (a set for each seed, and for each member of its sweep), a URI of weights, "
+        "or published (the family's)",
+    )
+
+
+class GenerateConfig(SamplingConfig):
+    """jobs.generate: videos from images, or from the first frames of held-out clips."""
+
+    images: Uri | None = Field(
+        None,
+        description="a folder of images (captions in a .txt beside each or in test_prompts.txt, or none), or a .csv or "
+        ".parquet with a column image, and maybe id, prompt, fps, seed; default: first frames of held-out clips",
+    )
     clips: PositiveInt = Field(128, description="held-out clips that every row starts from")
     reference: PositiveInt = Field(1024, description="real clips that the Frechet distance is measured to")
     where: Where = Field({}, description="take only clips with scores in a range: {motion: [0.1, null]}")
-    steps: PositiveInt = Field(12, description="DDIM steps")
+    initial_noise: Uri | None = Field(
+        None,
+        description="Analytic-Init's file, as the authors publish theirs or one of ours; default: initial_noise.name's",
+    )
     clips_per_part: PositiveInt = Field(32, description="clips sampled at once")
+    gpus: float = Field(0, description="share of a GPU that one worker has; 0: it samples on a CPU", ge=0, le=1)
     rows: dict[str, GenerateRowConfig] = Field(
         {}, description="the rows of the comparison; default: finetune.rows as they are"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shared(cls, given: Any) -> Any:
+        """Rows know what is theirs wherever a configuration is read again."""
+        if not isinstance(given, dict) or not isinstance(given.get("rows"), dict):
+            return given
+        shared = {name: given[name] for name in SamplingConfig.model_fields if name in given}
+        rows = {arm: shared | own if isinstance(own, dict) else own for arm, own in given["rows"].items()}
+        return given | {"rows": rows}
 
 
 class ScoreConfig(Section):
@@ -385,6 +463,9 @@ class TrackingConfig(Section):
     experiment: str = Field("shapes", description="the study's name")
 
 
+Row = TypeVar("Row", RowConfig, GenerateRowConfig)
+
+
 class Config(Section):
     seed: NonNegativeInt = Field(0, description="of the data, the views and the splits")
     out: Uri = Field("outputs/shapes", description="folder or s3:// prefix under which every artifact stands")
@@ -404,19 +485,45 @@ class Config(Section):
     def training_rows(self) -> dict[str, "TrainingRow"]:
         """In the order in which they are trained, each seed a row of its own."""
         rows: dict[str, TrainingRow] = {}
-        for arm, own in self.finetune.rows.items():
-            described = _with_own(self.finetune.row.model_dump(), own)
-            try:
-                settings = RowConfig.model_validate(described)
-            except ValidationError as error:
-                raise UserError(f"finetune.rows.{arm}.{explain(error, described, RowConfig)}") from None
-            for seed in settings.seeds:
-                _add(rows, _row_name(arm, seed, settings.seeds), TrainingRow(arm, seed, settings))
+        for arm, members in self._trained().items():
+            for suffix, settings in members.items():
+                for seed in settings.seeds:
+                    row = TrainingRow(arm + suffix, seed, settings)
+                    _add(rows, _row_name(row.arm, seed, settings.seeds), row)
         return rows
 
+    def _trained(self) -> dict[str, dict[str, RowConfig]]:
+        """Of each row its members, by what their names have more: one that has nothing, where there is no sweep."""
+        members: dict[str, dict[str, RowConfig]] = {}
+        for arm, own in self.finetune.rows.items():
+            place, own = f"finetune.rows.{arm}", dict(own)
+            given = {"sweep": own.pop("sweep")} if "sweep" in own else {}
+            try:
+                sweep = SweepConfig.model_validate(given).sweep
+            except ValidationError as error:
+                raise UserError(f"{place}.{explain(error, given, SweepConfig)}") from None
+            members[arm] = {}
+            for suffix, values in _members(place, sweep).items():
+                for key, value in values.items():
+                    own = _replace(own, key.split("."), value)
+                described = _with_own(self.finetune.row.model_dump(), own)
+                members[arm][suffix] = _valid(RowConfig, described, place, sweep)
+        return members
+
     def arms(self) -> dict[str, GenerateRowConfig]:
-        """The rows of the comparison by the names of the configuration."""
-        return self.generate.rows or {arm: GenerateRowConfig(weights=arm) for arm in self.finetune.rows}
+        """The rows of the comparison by the names of the configuration, those of a sweep each for itself."""
+        shared = self.generate.model_dump(include=set(SamplingConfig.model_fields))
+        rows = self.generate.rows or {arm: GenerateRowConfig(weights=arm, **shared) for arm in self.finetune.rows}
+        trained = self._trained()
+        arms: dict[str, GenerateRowConfig] = {}
+        for arm, row in rows.items():
+            place, plain = f"generate.rows.{arm}", row.model_dump(exclude={"sweep"})
+            for suffix, values in _members(place, row.sweep).items():
+                settings = _valid(GenerateRowConfig, plain | values, place, row.sweep)
+                for of_weights in trained.get(settings.weights, {"": None}):
+                    weights = settings.weights + of_weights
+                    _add(arms, arm + of_weights + suffix, settings.model_copy(update={"weights": weights}))
+        return arms
 
     def evaluation_rows(self) -> dict[str, "EvaluationRow"]:
         """One for each seed of the weights."""
@@ -427,7 +534,7 @@ class Config(Section):
             if settings.weights == PUBLISHED and not self.family.weights:
                 raise UserError(f"generate.rows.{arm}.weights={PUBLISHED}: family.weights names none")
             if not sources and settings.weights != PUBLISHED and "/" not in settings.weights:
-                allowed = ", ".join([*self.finetune.rows, PUBLISHED])
+                allowed = ", ".join([*dict.fromkeys(row.arm for row in trained.values()), PUBLISHED])
                 raise UserError(
                     f"generate.rows.{arm}.weights={settings.weights}: one of {allowed}, or a URI (with a /)"
                 )
@@ -460,6 +567,34 @@ def _add(rows: dict[str, Any], name: str, row: Any) -> None:
     if name in rows:
         raise UserError(f"two rows are called {name}: rename one, and name each seed once")
     rows[name] = row
+
+
+def _members(place: str, sweep: Sweep) -> dict[str, dict[str, Any]]:
+    """Every combination of a sweep's values, by what the name of its row has more."""
+    members: dict[str, dict[str, Any]] = {}
+    for values in itertools.product(*sweep.values()):
+        named = [f"_{key.rpartition('.')[2]}={_written(value)}" for key, value in zip(sweep, values, strict=True)]
+        if (suffix := "".join(named)) in members:
+            raise UserError(f"{place}.sweep: {suffix[1:]} stands in it twice")
+        members[suffix] = dict(zip(sweep, values, strict=True))
+    return members
+
+
+def _written(value: Value) -> str:
+    """As in YAML, and numbers in their shortest form."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return short if float(short := f"{value:g}") == value else repr(value)
+    return str(value)
+
+
+def _valid(kind: type[Row], described: dict[str, Any], place: str, sweep: Sweep) -> Row:
+    try:
+        return kind.model_validate(described)
+    except ValidationError as error:
+        said = explain(error, described, kind)
+        raise UserError(f"{place}.{'sweep.' if said.startswith(tuple(sweep)) else ''}{said}") from None
 
 
 def _row_name(arm: str, seed: int, seeds: list[int]) -> str:

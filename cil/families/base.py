@@ -85,6 +85,7 @@ class Family(ABC):
     scaling_factor: float  # of the latents: what the VAE's output is multiplied with
     multiple: int  # height and width are multiples of it, in pixels
     temporal: str  # a pattern that the names of those weights have in them which look over time
+    told_motion = False  # the network is told how much shall move: `motion` [B] of a batch
     projector: str = ""  # what the names of weights begin with that only make tokens of the image
 
     def __init__(
@@ -127,6 +128,10 @@ class Family(ABC):
     @abstractmethod
     def encode_frames(self, frames: Tensor, clips: Sequence[Clip]) -> dict[str, Tensor]:
         """uint8 frames [B, T, H, W, 3] -> the cached tensors, among them `latents` [B, T, C, H, W]."""
+
+    def rates(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
+        """What is cached of the speed of clips, [B]."""
+        return {}
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """What is cached of captions, [B, ...]: once for all clips that have the same."""

@@ -91,7 +91,10 @@ class SDVAEFamily(Family):
         image = self.as_clip_sees(torch.stack([each[clip.frame] for each, clip in zip(frames, clips, strict=True)]))
         seen = {"clip": self._clip(image).half()} if self.options.clip_features else {"image": image}
         made = {name: tensor.cpu() for name, tensor in (self._latents(frames, clips) | seen).items()}
-        return made | {"rate": torch.tensor([self._rate(clip) for clip in clips])}
+        return made | self.rates(clips)
+
+    def rates(self, clips: Sequence[Clip]) -> dict[str, Tensor]:
+        return {"rate": torch.tensor([self._rate(clip) for clip in clips])}
 
     def as_clip_sees(self, frames: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] -> uint8 [B, size, size, 3]."""

@@ -21,7 +21,7 @@ from cil.nets.openclip import ImageTower, with_positions
 from cil.objectives import edm_weight
 from cil.processes import per_sample
 
-MOTION_BUCKET = 20  # what the paper's recipe trains and samples with
+MOTION_BUCKET = 20  # what the paper's recipe trains and samples with, where a batch has no `motion`
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class SVD(SDVAEFamily):
     }
 
     temporal = r"temporal_|time_mixer|time_pos_embed"
+    told_motion = True
 
     @property
     def levels(self) -> int:
@@ -123,8 +124,8 @@ class SVD(SDVAEFamily):
         self, batch: Mapping[str, Tensor], noise: ConditioningNoise, u: Tensor, draws: Draws | None
     ) -> tuple[Condition, Tensor]:
         image, level = noise(image_latent(batch) / self.scaling_factor, u, draws, frames=self.frames)
-        # SVD counts frames per second from 0.
-        ids = torch.stack([batch["rate"] - 1, torch.full_like(level, MOTION_BUCKET), level], dim=1)
+        motion = batch["motion"].to(level) if "motion" in batch else torch.full_like(level, MOTION_BUCKET)
+        ids = torch.stack([batch["rate"] - 1, motion, level], dim=1)  # SVD counts frames per second from 0
         return {"image": image, "clip": self.clip(batch)[:, None], "ids": ids}, level
 
     def drop(self, condition: Condition, dropped: Dropped) -> Condition:

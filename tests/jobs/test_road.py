@@ -193,7 +193,8 @@ def test_the_pixels_of_a_sample_do_not_depend_on_the_batch_it_is_in(road, smalle
     row = road.evaluation_rows()["naive-1"]
 
     def sample(chosen: list[int]) -> torch.Tensor:
-        return sampler.sample(row, reader.batch(chosen), [reader.known(n)["clip_id"] for n in chosen])
+        ids = [reader.known(n)["clip_id"] for n in chosen]
+        return sampler.sample(row, reader.batch(chosen), ids, [0] * len(ids))
 
     together, alone = sample(numbers[:4]), sample(numbers[2:3])
     torch.testing.assert_close(together[2], alone[0], rtol=0, atol=1e-4)  # float32 sums in another order
@@ -221,9 +222,8 @@ def test_every_setting_of_a_row_reaches_its_samples(road, smallest, override):
     def sample(config) -> torch.Tensor:
         sampler = generate.Sampler(config.model_dump())
         reader = sampler.readers[generate.REAL]
-        return sampler.sample(
-            config.evaluation_rows()["naive-1"], reader.batch([0, 1]), [reader.known(n)["clip_id"] for n in (0, 1)]
-        )
+        ids = [reader.known(n)["clip_id"] for n in (0, 1)]
+        return sampler.sample(config.evaluation_rows()["naive-1"], reader.batch([0, 1]), ids, [0, 0])
 
     assert (sample(road) - sample(smallest(road.out, f"generate.{override}"))).abs().max() > 1e-3
 

@@ -108,6 +108,31 @@ BOX = "[top, left, bottom, right], each 0..1, top above bottom and left before r
         (["finetune.row.balance=speed"], "finetune.row.balance=speed: input should be 'motion', 'cut', 'subject' or"),
         (["family.latents=median"], "family.latents=median: input should be 'mode', 'sample' or 'mean_std'"),
         (["compare.claims=[{row: a}]"], "compare.claims.0.says: field required"),
+        (["generate.seeds=[2, 2]"], "generate.seeds=[2, 2]: each once"),
+        (["generate.rows.a.seeds=[]"], "generate.rows.a.seeds=[]: list should have at least 1 item"),
+        (["generate.start=noise"], "generate.start=noise: input should be 'gaussian', 'analytic' or 'diagonal'"),
+        (["generate.rows.a.fps=0"], "generate.rows.a.fps=0: input should be greater than 0"),
+        (["generate.rows.a.motion=-1"], "generate.rows.a.motion=-1: input should be greater than or equal to 0"),
+        (["generate.gpus=2"], "generate.gpus=2: input should be less than or equal to 1"),
+        (["generate.rows.a.sweep=3"], "generate.rows.a.sweep=3: keys with lists of values"),
+        (["generate.rows.a.sweep.M=3"], "generate.rows.a.sweep={'M': 3}: each key with a list"),
+        (["generate.rows.a.sweep.M=[]"], "generate.rows.a.sweep={'M': []}: each key with a list"),
+        (["generate.rows.a.sweep.M=[0]"], "generate.rows.a.sweep.M=0: input should be greater than 0"),
+        (
+            ["generate.rows.a.sweep.guidanc=[1]"],
+            "generate.rows.a.sweep.guidanc: there is no such key; did you mean guidance?",
+        ),
+        (["generate.rows.a.sweep.start=[a/b]"], "generate.rows.a.sweep={'start': ['a/b']}: its words become a part"),
+        (["generate.rows.a.sweep.M=[7, 7.0]"], "generate.rows.a.sweep: M=7 stands in it twice"),
+        (["finetune.rows.base.sweep=3"], "finetune.rows.base.sweep=3: keys with lists of values"),
+        (["finetune.rows.base.sweep.lr=[0]"], "finetune.rows.base.sweep.lr=0: input should be greater than 0"),
+        (["finetune.rows.base.sweep.conditioning.beta=[1]"], "finetune.rows.base.sweep.conditioning.beta: there is no"),
+        (["finetune.rows.base.sweep.batch=[16, 7]"], "finetune.rows.base_batch=7.batch=7 does not divide"),
+        (["finetune.row.sweep.lr=[1]"], "finetune.row.sweep: there is no such key"),
+        (
+            ["finetune.rows={a: {sweep: {lr: [1]}}, b: {weights: a}}"],
+            "finetune.rows.b.weights=a: a row before it (a_lr=1)",
+        ),
     ],
 )
 def test_a_message_has_the_key_as_the_user_wrote_it(overrides, message):
@@ -216,6 +241,58 @@ def test_the_rows_of_the_comparison_are_those_that_were_trained_unless_others_ar
         "b-1": "b-1",
         "b-2": "b-2",
     }
+
+
+def test_a_sweep_is_a_row_of_each_combination_with_its_values_in_the_name():
+    timenoise = "timenoise: {sweep: {conditioning.beta_m: [0.5, 1], conditioning.a: [1, 5]}, seeds: [1, 2]}"
+    config = load(None, ["finetune.row.conditioning.kind=timenoise", f"finetune.rows={{naive: {{}}, {timenoise}}}"])
+    told = {
+        name: (row.arm, row.seed, row.settings.conditioning.beta_m, row.settings.conditioning.a)
+        for name, row in config.training_rows().items()
+    }
+    assert told == {"naive": ("naive", 0, None, None)} | {
+        f"timenoise_beta_m={beta_m:g}_a={a}-{seed}": (f"timenoise_beta_m={beta_m:g}_a={a}", seed, beta_m, a)
+        for beta_m in (0.5, 1.0)
+        for a in (1, 5)
+        for seed in (1, 2)
+    }
+    assert all(row.settings.conditioning.kind == "timenoise" for row in config.training_rows().values())
+    # Without rows of its own, a comparison has them all; and dots on the command line make the same sweep.
+    assert {row.weights for row in config.evaluation_rows().values()} == told.keys()
+    dotted = ["finetune.rows.t.sweep.conditioning.a=[1, 2.5]", "finetune.rows.t.sweep.train=[lora]"]
+    assert list(load(None, dotted).training_rows()) == ["t_a=1_train=lora", "t_a=2.5_train=lora"]
+
+
+def test_a_generate_row_is_swept_and_has_a_row_for_each_member_of_the_training_row_that_it_names():
+    trained = "finetune.rows={naive: {}, cured: {sweep: {lr: [1.0e-4, 2.0e-4]}}}"
+    early = "early: {weights: cured, sweep: {M: [700, null], start: [gaussian, analytic]}}"
+    rows = f"generate.rows={{naive: {{weights: naive, M: 900}}, {early}, one: {{weights: cured_lr=0.0001}}}}"
+    config = load(None, [trained, rows, "generate.M=800"])
+    told = {name: (row.weights, row.M, row.start) for name, row in config.arms().items()}
+    assert told == {
+        "naive": ("naive", 900, "gaussian"),
+        **{
+            f"early_lr={lr}_M={M or 'null'}_start={start}": (f"cured_lr={lr}", M, start)
+            for lr in ("0.0001", "0.0002")
+            for M in (700, None)
+            for start in ("gaussian", "analytic")
+        },
+        "one": ("cured_lr=0.0001", 800, "gaussian"),
+    }
+    assert {name: row.weights for name, row in config.evaluation_rows().items()} == {n: t[0] for n, t in told.items()}
+    over_weights = ["finetune.rows={a: {}, b: {}}", "generate.rows.x.sweep.weights=[a, b]"]
+    assert {n: row.weights for n, row in load(None, over_weights).arms().items()} == {
+        "x_weights=a": "a",
+        "x_weights=b": "b",
+    }
+
+
+def test_a_row_says_what_it_has_of_its_own_and_the_section_the_rest():
+    rows = "generate.rows={a: {}, b: {steps: 3, M: null, ema: true, fps: 4}}"
+    config = load(None, ["generate.steps=7", "generate.M=700", "generate.ema=false", "generate.motion=9", rows])
+    told = [(row.steps, row.M, row.ema, row.motion, row.fps) for row in config.arms().values()]
+    assert told == [(7, 700, False, 9, None), (3, None, True, 9, 4)]
+    assert load(None, ["generate.steps=7"]).arms()["base"].steps == 7
 
 
 def test_the_paper_study_has_the_arms_and_at_least_three_paired_seeds():

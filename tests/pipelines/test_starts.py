@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.config import load
 from pipelines.errors import UserError
-from pipelines.generate import refuse_impossible_starts
+from pipelines.generate import refuse_impossible_rows
 
 TINY = ("family.preset=tiny", "family.frames=4", "generate.steps=5")
 
@@ -20,11 +20,11 @@ TINY = ("family.preset=tiny", "family.frames=4", "generate.steps=5")
 )
 def test_a_start_that_the_process_does_not_have_is_refused(settings, said):
     with pytest.raises(UserError, match=said):
-        refuse_impossible_starts(load(None, [*TINY, *settings]))
+        refuse_impossible_rows(load(None, [*TINY, *settings]))
 
 
 @pytest.mark.parametrize("name", ["toy", "dynamicrafter", "videocrafter1", "svd"])
 def test_without_an_M_every_family_starts_at_the_end_of_its_process(name):
-    refuse_impossible_starts(load(None, [*TINY, f"family.name={name}", "generate.rows.next.guidance=1"]))
+    refuse_impossible_rows(load(None, [*TINY, f"family.name={name}", "generate.rows.next.guidance=1"]))
     M = 100 if name == "svd" else 940
-    refuse_impossible_starts(load(None, [*TINY, f"family.name={name}", f"generate.rows.next.M={M}"]))
+    refuse_impossible_rows(load(None, [*TINY, f"family.name={name}", f"generate.rows.next.M={M}"]))
