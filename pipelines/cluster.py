@@ -32,18 +32,18 @@ def connect() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def workers(gpus: float = 0) -> int:
-    """How many the cluster has room for, of a CPU each, and of such a share of a GPU."""
+def workers(gpus: float = 0, key: str = "cache.gpus") -> int:
+    """How many the cluster has room for, of a CPU each, and of such a share of a GPU, which `key` asks for."""
     import ray
 
     have = ray.cluster_resources()
     if gpus and not have.get("GPU", 0) >= gpus:
-        raise UserError(f"cache.gpus={gpus}: the cluster has {have.get('GPU', 0):g} GPUs; 0 encodes on CPUs")
+        raise UserError(f"{key}={gpus}: the cluster has {have.get('GPU', 0):g} GPUs; 0 encodes on CPUs")
     if not gpus:
         return int(have.get("CPU", 1))
     if not ray.get(ray.remote(num_gpus=gpus)(_sees_gpu).remote()):
         raise UserError(
-            f"cache.gpus={gpus}: PyTorch sees no GPU where Ray has one (a build for CPUs, or for another driver?); "
+            f"{key}={gpus}: PyTorch sees no GPU where Ray has one (a build for CPUs, or for another driver?); "
             "0 encodes on CPUs"
         )
     return int(min(int(have["GPU"]) * int(1 / gpus), have.get("CPU", 1)))  # no worker has parts of two GPUs

@@ -15,7 +15,7 @@ from cil import InitialNoise, Moments, families
 from cil.metrics.duplicates import picture_hash
 from cil.metrics.motion import motion_score
 from jobs import paper
-from pipelines import cache, generate, score, storage
+from pipelines import cache, feature_net, generate, score, storage
 from pipelines.artifact import read_manifest
 from pipelines.config import load
 from pipelines.errors import Unfinished, UserError
@@ -254,7 +254,7 @@ def test_another_threshold_is_another_evaluate_run_of_the_same_scores(road, smal
 
 def test_the_reference_captions_tell_the_velocities_that_the_feature_net_learned(road):
     lines = storage.read_rows(f"{road.out}/videos/reference/index.jsonl")
-    assert read_manifest(f"{road.out}/feature_net", score.NET_KIND).counts["clips"] == len(lines)
+    assert read_manifest(f"{road.out}/feature_net", feature_net.KIND).counts["clips"] == len(lines)
     assert all(velocity_of(line["caption"]) is not None for line in lines)
 
 
