@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,7 @@ def write_set(folder: Path, speed: float, names: list[str], fps: int = 8, seed: 
     return folder
 
 
+PAIRED = {"motion_lack", "psnr", "ssim", "first_frame_error"}
 NAMES = [f"n{k}" for k in range(11)] + ["inner/n11"]
 
 
@@ -372,6 +375,38 @@ def test_a_set_of_the_name_of_a_row_is_refused():
         load(None, ["score.videos.base=/a"])
     with pytest.raises(UserError, match="'real' is no name for a row"):
         load(None, ["score.videos.real=/a"])
+
+
+def test_sets_may_lie_on_s3(told, sets, endpoint):
+    for file in ("ours/n1.mp4", "ours/inner/n11.mp4", "true/inner/n11.mp4"):
+        storage.write(f"s3://webvid/{file}", (sets / file).read_bytes())
+    config = told("score.videos={far: s3://webvid/ours}", "score.real=s3://webvid/true")
+    score(config)
+    near = told(f"out={config.out}-near", f"score.videos={{far: {sets}/ours}}", f"score.real={sets}/true")
+    score(near)
+    found, wanted = table(config, "far"), table(near, "far")
+    assert found["inner/n11.mp4"] == wanted["inner/n11.mp4"]
+    assert found["n1.mp4"] == {key: value for key, value in wanted["n1.mp4"].items() if key not in PAIRED}
+    assert len(found) == 2
+    with pytest.raises(UserError, match=r"s3://webvid/none: there is nothing"):
+        score(told("score.videos={far: s3://webvid/none}"))
+
+
+@pytest.mark.slow
+def test_the_command_line_scores_two_folders_by_workers_of_ray_and_makes_no_part_twice(sets, tmp_path):
+    out, named = tmp_path / "out", [f"score.videos={{ours: {sets}/ours}}", f"score.reference={sets}/reference"]
+    command = [sys.executable, "-m", "jobs.score", f"out={out}", *named]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "scores: ours: dynamic_degree" in done.stdout
+    assert f"{out}/scores/ours" in done.stdout.splitlines()[-1]
+    found = (out / "scores/ours/scores.jsonl").read_bytes()
+    for path in ("manifest.json", "scores.jsonl"):
+        (out / "scores/ours" / path).unlink()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (out / "scores/ours/scores.jsonl").read_bytes() == found
+    assert " left" not in done.stdout  # no part was made anew
 
 
 # -- the study's own rows ----------------------------------------------------------------------------------------------
