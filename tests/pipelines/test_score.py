@@ -189,6 +189,8 @@ def test_sets_are_paired_by_the_names_of_their_files(told, sets, capfd):
     other = run_of(config, "other").data.metrics
     assert not {"motion_lack", "motion_off", "psnr", "ssim", "first_frame_error"} & other.keys()
     assert {"motion", "motion_error", "spectrum_time", "warp_error"} < other.keys()
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    assert [name for name in found if f"`{name}`" not in page] == []
     real = run_of(config, "real").data.metrics
     assert (real["first_frame_error"], real["psnr"], real["motion_error"]) == (0, 100, 0)
 
@@ -237,6 +239,8 @@ def test_fvd_and_is_are_those_of_the_networks_features_with_intervals_and_a_warn
     assert "ours: is: this set has 12 videos, where published figures are of 10,000" in told_of
     assert "12 videos" in found.data.tags["cil.too_small"]
     assert found.data.params["score.fvd"] == Detector.features(i3d).identity
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    assert [name for name in metrics if f"`{name}`" not in page] == []
     # Features are for sets: a table of scores has none.
     assert not {"fvd", "classes", "velocity"} & next(iter(table(config).values())).keys()
 
