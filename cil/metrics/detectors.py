@@ -92,7 +92,9 @@ class Detector:
             # Not profiled and compiled anew on the way: the second video is to be computed as the first one was.
             with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 found = self.module(videos, **self.keywords)
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:  # the second one is what a network itself raises
+            if "out of memory" in _last_line(error):  # the machine's fault, not this video's
+                raise
             raise ValueError(f"{told}: {_last_line(error)}") from None
         if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(frames):
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -121,6 +123,6 @@ def _arguments(module: Any) -> set[str]:
     return {argument.name for argument in module.forward.schema.arguments}
 
 
-def _last_line(error: RuntimeError) -> str:
+def _last_line(error: Exception) -> str:
     """Of what TorchScript says, behind a listing of the program."""
     return str(error).strip().splitlines()[-1]

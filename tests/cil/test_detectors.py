@@ -175,6 +175,22 @@ def test_several_outputs_and_a_network_that_fails_are_one_line_too(tmp_path):
     assert "\n" not in str(told.value)
 
 
+class Raises(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.size(2) > 4:
+            raise RuntimeError("CUDA out of memory")
+        assert x.size(2) > 4, "four frames are too few"
+        return x
+
+
+def test_what_a_network_itself_refuses_is_one_line_but_a_gpu_without_memory_is_not_the_videos_fault(tmp_path):
+    detector = Detector.classes(saved(Raises(), tmp_path / "net.pt"))
+    with pytest.raises(ValueError, match=r"net.pt, of videos .*four frames are too few$"):
+        detector(frames())
+    with pytest.raises((RuntimeError, torch.jit.Error), match="out of memory"):
+        detector(frames(t=5))
+
+
 def test_files_that_are_no_such_network_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"c3d.pt: its forward has no rescale, resize, return_features; expected the"):
         Detector.features(saved(C3D(), tmp_path / "c3d.pt"))

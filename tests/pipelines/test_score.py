@@ -252,6 +252,24 @@ def test_without_a_bootstrap_there_is_no_interval(told, tmp_path):
     assert "fvd_low" not in run_of(config).data.metrics
 
 
+def test_of_more_videos_than_memory_is_meant_for_there_is_a_distance_and_no_interval(told, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.summary.KEPT", 12)  # the reference has 13
+    config = told(
+        f"score.fvd={saved(I3D(), tmp_path / 'i3d.pt')}", f"score.inception={saved(C3D(), tmp_path / 'c.pt')}"
+    )
+    score(config)
+    assert "fvd_low" not in run_of(config).data.metrics
+    assert {"fvd", "is_low"} < run_of(config).data.metrics.keys()
+
+
+def test_what_is_dynamic_depends_on_the_frame_rate(told, tmp_path):
+    slow, fast = (write_set(tmp_path / f"{fps}", 0.5, ["a", "b"], fps) for fps in (8, 30))
+    config = told(f"score.videos={{slow: {slow}, fast: {fast}}}")
+    score(config)
+    degrees = [run_of(config, name).data.metrics["dynamic_degree"] for name in ("slow", "fast")]
+    assert degrees == [0, 1]  # faster than 0.75 and 0.2 pixels a frame
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
