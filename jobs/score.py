@@ -1,6 +1,7 @@
-"""Score the generated videos, each and in sets: motion, static share, first-frame error, Frechet distance; to MLflow.
+"""Score sets of videos, the study's and others: per video, and per set into MLflow (docs/evaluation.md has the list).
 
 python -m jobs.score out=outputs/try
+python -m jobs.score out=outputs/try score.videos='{ours: /data/ours}' score.reference=/data/webvid    # no study needed
 """
 
 from pipelines.command import command
@@ -15,4 +16,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command("score", __doc__, ("finetune", "generate", "score", "tracking"), run)
+    command("score", __doc__, ("family", "finetune", "generate", "score", "tracking"), run)

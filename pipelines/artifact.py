@@ -123,6 +123,7 @@ MADE_BY = {
     "weights": "jobs.finetune",
     "videos": "jobs.generate",
     "scores": "jobs.score",
+    "leakage": "jobs.score",
     "feature net": "jobs.score",
     "comparison": "jobs.compare",
 }

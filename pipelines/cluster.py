@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pipelines import storage
 from pipelines.errors import Unfinished, UserError
 
-DOES = {"cache.gpus": "encodes", "generate.gpus": "samples"}
+DOES = {"cache.gpus": "encodes", "generate.gpus": "samples", "score.gpus": "scores"}
 PROBE_SECONDS = 60  # for a node to start a process and look at a file
 
 

@@ -431,12 +431,41 @@ class GenerateConfig(SamplingConfig):
 
 
 class ScoreConfig(Section):
-    """jobs.score: what is measured on the generated videos."""
+    """jobs.score: what is measured on videos, the study's and others."""
 
-    static_below: PositiveFloat = Field(
-        0.4, description="a slower video (pixels a frame, by the feature net) is static"
+    videos: dict[str, Uri] = Field(
+        {}, description="further sets, made elsewhere: {ours: /data/ours}, each a folder or s3:// prefix of .mp4"
     )
-    feature_steps: PositiveInt = Field(600, description="training steps of the feature net of the Frechet distance")
+    reference: Uri | None = Field(
+        None, description="folder of .mp4 that distances are measured to; default: the study's reference set"
+    )
+    real: Uri | None = Field(
+        None,
+        description="folder with a video's true clip (.mp4), its conditional image or both, under the video's name; "
+        "default: the study's true clips",
+    )
+    protocol: Literal["whole", "paper"] = Field(
+        "whole", description="what is seen: all of all videos, or 16 frames at 3 fps of 2,048 (of 10,000 for is)"
+    )
+    measures: list[Literal["alignment", "consistency", "spectra"]] = Field(
+        ["alignment", "consistency", "spectra"], description="what is measured beside motion, features and leakage"
+    )
+    fvd: Uri | None = Field(None, description="TorchScript I3D of FVD, such as i3d_torchscript.pt; none: no fvd")
+    inception: Uri | None = Field(None, description="TorchScript C3D or I3D that classifies videos; none: no is")
+    clip: Uri | None = Field(None, description="folder of a CLIP, as transformers keeps it; none: no clip_similarity")
+    bootstrap: NonNegativeInt = Field(
+        200, description="how often sets are drawn anew for the intervals of fvd and is; 0: no intervals"
+    )
+    leakage: NonNegativeInt = Field(
+        16, description="held-out clips of which each row's one-step predictions are looked at; 0: no leakage"
+    )
+    gpus: float = Field(
+        0, description="share of a GPU that one scoring worker has; 0: its networks are on a CPU", ge=0, le=1
+    )
+    static_below: PositiveFloat = Field(
+        0.4, description="a slower video (pixels a frame, by the feature net, or by its motion score) is static"
+    )
+    feature_steps: PositiveInt = Field(600, description="training steps of the feature net, where captions tell speeds")
 
 
 class ClaimConfig(Section):
@@ -488,7 +517,7 @@ class Config(Section):
         for arm, members in self._trained().items():
             for suffix, settings in members.items():
                 for seed in settings.seeds:
-                    row = TrainingRow(arm + suffix, seed, settings)
+                    row = TrainingRow(arm, arm + suffix, seed, settings)
                     _add(rows, _row_name(row.arm, seed, settings.seeds), row)
         return rows
 
@@ -545,7 +574,8 @@ class Config(Section):
 
 @dataclass(frozen=True)
 class TrainingRow:
-    arm: str  # its name in the configuration, shared by its seeds
+    key: str  # in finetune.rows
+    arm: str  # shared by its seeds: the key, and of a sweep what its member has more
     seed: int
     settings: RowConfig
 
@@ -628,9 +658,9 @@ def _check(config: Config) -> None:
     """What the types alone cannot say."""
     rows = config.training_rows()
     for wanted in config.finetune.only or ():
-        if wanted not in rows and wanted not in config.finetune.rows:
+        if wanted not in rows and not any(wanted in (row.arm, row.key) for row in rows.values()):
             raise UserError(f"finetune.only: {wanted!r} is no row; there are {', '.join(config.finetune.rows)}")
-    for arm in [*config.finetune.rows, *config.generate.rows]:
+    for arm in [*config.finetune.rows, *config.generate.rows, *config.score.videos]:
         if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", arm) or arm in TAKEN:
             taken = ", ".join(TAKEN)
             raise UserError(f"{arm!r} is no name for a row: letters, digits and _ . + - ; {taken} are taken")
@@ -693,6 +723,8 @@ def _check(config: Config) -> None:
             and not rows[generated.weights].settings.drop.any
         ):
             raise UserError(f"generate.rows.{generated.arm}.guidance: {generated.weights} was trained without drop")
+    if twice := config.evaluation_rows().keys() & config.score.videos.keys():
+        raise UserError(f"score.videos.{min(twice)}: a row of the study is called {min(twice)} too; rename one")
     known = ["real", *config.arms()]
     for claim in config.compare.claims:
         for named in (claim.row, claim.against):

@@ -45,7 +45,7 @@ def finetune(config: Config) -> dict[str, Manifest]:
     if config.finetune.validate_every and not len(ClipReader(cache, "validation")):
         unseen = f"no clip in {cache.uri} is for validation (cache.validation={config.cache.validation})"
         raise UserError(f"finetune.validate_every: {unseen}; `null` trains without a look at any")
-    chosen = {name: row for name, row in rows.items() if {name, row.arm} & {*(config.finetune.only or rows)}}
+    chosen = {name: row for name, row in rows.items() if {name, row.arm, row.key} & {*(config.finetune.only or rows)}}
     missing = {name: row for name, row in chosen.items() if not made[name].finished}
     if not missing:
         print(f"weights: {', '.join(chosen)} are finished; nothing to do")

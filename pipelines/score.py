@@ -1,180 +1,212 @@
-"""What is measured on the generated videos: per video, and per set as the metrics of an evaluate run in MLflow."""
+"""What is measured on sets of videos, the study's and others: per video, and per set as an evaluate run in MLflow.
 
+A video, its true clip and its conditional image have files of the same name. Where no names are the same, what is
+measured against them is absent, and the rest is there.
+"""
+
+import json
+import posixpath
 from itertools import chain
 from typing import Any
 
-import safetensors.torch
-import torch
-from torch import Tensor
-
-from cil.metrics.features import VelocityNet, train_velocity_net
-from cil.metrics.frechet import frechet_distance
-from cil.metrics.motion import distribution_error, first_frame_error, motion_score
-from pipelines import artifact, storage
+from cil.metrics.alignment import ClipSimilarity
+from pipelines import artifact, cluster, storage
 from pipelines.artifact import Artifact, Manifest, fingerprint
 from pipelines.config import Config
-from pipelines.errors import UserError
-from pipelines.generate import KIND as VIDEOS
+from pipelines.feature_net import feature_net
 from pipelines.generate import REAL, REFERENCE
-from pipelines.parts import Made, Part, chunks, make_parts
-from pipelines.shapes import velocity_of
-from pipelines.tracking import Run, refuse_unreachable
-from pipelines.video import decode_all
-from pipelines.weights import read_weights
+from pipelines.leakage import FILE, measure_leakage
+from pipelines.models import refusing_weights
+from pipelines.parts import Part, chunks, make_parts
+from pipelines.scorer import FEATURES, Scorer, load_detector, seen
+from pipelines.sets import Videos, name_of, sets_of
+from pipelines.summary import summarise
+from pipelines.tracking import Run, refuse_unreachable, runs
+from pipelines.video import BadVideo
 
 KIND = "scores"
-NET_KIND = "feature net"
 VIDEOS_PER_PART = 64
-CODE = ("pipelines.score", "pipelines.video", "cil.metrics.motion", "cil.metrics.frechet", "cil.metrics.features")
+CODE = (
+    *("pipelines.score", "pipelines.scorer", "pipelines.sets", "pipelines.video", "cil.images"),
+    *(f"cil.metrics.{name}" for name in ("motion", "dynamics", "consistency", "spectra", "alignment", "features")),
+    "cil.metrics.detectors",
+)
+SUMMARY = (
+    "pipelines.summary",
+    *(f"cil.metrics.{name}" for name in ("frechet", "inception_score", "bootstrap", "motion", "dynamics", "spectra")),
+)
+KEYS = {"fvd": "score.fvd", "classes": "score.inception"}
 
 
 def score(config: Config) -> dict[str, Manifest]:
-    """Every set of videos scored against the real ones."""
+    """Every set of videos scored."""
     refuse_unreachable(config)
-    rows = config.evaluation_rows()
-    names = [REAL, *rows]
-    videos = {
-        name: artifact.read_manifest(storage.join(config.out, "videos", name), VIDEOS) for name in [REFERENCE, *names]
+    sets = sets_of(config)
+    net = feature_net(config, sets)
+    files = {"fvd": config.score.fvd, "classes": config.score.inception}
+    detectors = {name: uri for name, uri in files.items() if uri}
+    identity = {
+        "real": sets[REAL].fingerprint if REAL in sets else None,
+        "feature_net": net.fingerprint if net else None,
+        "networks": _identities(config, detectors),
+        "protocol": config.score.protocol,
+        "measures": sorted(config.score.measures),
+        "code": artifact.code(*CODE),
     }
-    net = _feature_net(config, videos[REFERENCE], videos[REAL])
-    sets = {name: _plan(config, name, videos[name], videos, net) for name in [REFERENCE, *names]}
-
-    parts: dict[str, list[Part]] = {}
-    for name, made in sets.items():
-        if not made.finished:
-            made.begin(config.model_dump_json(indent=1))
-            lots = chunks(_index(videos[name]), VIDEOS_PER_PART)
-            parts[name] = [
-                Part(made.path("parts", f"part-{i:05d}.jsonl"), {"set": name, "lines": lot}, len(lot))
-                for i, lot in enumerate(lots)
-            ]
-    arguments = {"folders": {name: m.uri for name, m in videos.items()}, "net": net.uri}
-    make_parts(KIND, "videos", [*chain(*parts.values())], Scorer, arguments)
-    # The reference first: the Frechet distance is measured to it.
-    for name, own in parts.items():
-        lines = [line for part in own for line in storage.read_rows(part.uri)]
-        if len(lines) != videos[name].counts["videos"]:
-            raise AssertionError(f"{sets[name].uri}: {videos[name].counts['videos']} videos, {len(lines)} scored")
-        storage.write_rows(sets[name].path("scores.jsonl"), lines)
-        sets[name].finish({"videos": len(lines)})
-    scores = {name: made.manifest() for name, made in sets.items()}
-    tables = {name: storage.read_rows(storage.join(m.uri, "scores.jsonl")) for name, m in scores.items()}
-    for name in names:
-        _track(config, name, scores[name], videos[name], summary(config, tables[name], tables[REAL], tables[REFERENCE]))
+    plans = {
+        name: Artifact(storage.join(config.out, "scores", name), KIND, identity | {"videos": videos.identity})
+        for name, videos in sets.items()
+        if videos.lines  # pictures alone are no set
+    }
+    parts = {name: _parts(sets, name, made) for name, made in plans.items() if not made.finished}
+    arguments = {
+        "net": net.uri if net else None,
+        "detectors": detectors,
+        "clip": config.score.clip,
+        "measures": config.score.measures,
+        "protocol": config.score.protocol,
+        "gpu": config.score.gpus > 0,
+    }
+    if parts:
+        _ask(config, detectors, sets)
+        cluster.connect()
+        if config.score.gpus:
+            cluster.workers(config.score.gpus, "score.gpus")
+        first = [storage.join(sets[name].uri, sets[name].lines[0]["file"]) for name in parts]
+        cluster.refuse_unseen(uri for uri in [*first, *detectors.values()] if storage.is_local(uri))
+    for name in parts:
+        plans[name].begin(config.model_dump_json(indent=1))
+    make_parts(KIND, "videos", [*chain(*parts.values())], Scorer, arguments, gpus=config.score.gpus)
+    for name, own in parts.items():  # true clips before what is set against them
+        _finish(plans[name], own, None if name in (REFERENCE, REAL) else plans.get(REAL))
+    scores = {name: made.manifest() for name, made in plans.items()}
+    _evaluate(config, {name: sets[name] for name in scores if name != REFERENCE}, scores)
     return scores
-
-
-def summary(config: Config, ours: list[dict], real: list[dict], reference: list[dict]) -> dict[str, float]:
-    """The metrics of a set."""
-
-    def column(rows: list[dict], name: str) -> Tensor:
-        return torch.tensor([row[name] for row in rows], dtype=torch.float64)
-
-    motion, speed = column(ours, "motion"), column(ours, "speed")
-    return {
-        "motion": float(motion.mean()),
-        "motion_error": distribution_error(motion, column(real, "motion")),
-        "speed": float(speed.mean()),
-        "static_share": float((speed < config.score.static_below).double().mean()),
-        "first_frame_error": float(column(ours, "first_frame_error").mean()),
-        "frechet": frechet_distance(column(ours, "features"), column(reference, "features")),
-        "videos": len(ours),
-    }
-
-
-class Scorer:
-    """Scores the videos of one part. Made once a worker."""
-
-    def __init__(self, folders: dict[str, str], net: str) -> None:
-        self.folders, self.net = folders, _load_net(net)
-
-    def __call__(self, plan: dict[str, Any]) -> Made:
-        lines = []
-        for line in plan["lines"]:
-            frames = decode_all(storage.read(storage.join(self.folders[plan["set"]], line["file"])))
-            image = frames[0]
-            if plan["set"] not in (REAL, REFERENCE):
-                image = decode_all(storage.read(storage.join(self.folders[REAL], line["file"])))[0]
-            features, velocity = self.net(frames[None])
-            scores = {
-                "clip_id": line["clip_id"],
-                "motion": motion_score(frames),
-                "speed": float(velocity[0].norm()),
-                "first_frame_error": first_frame_error(frames, image),
-                "features": [round(float(x), 6) for x in features[0]],
-            }
-            lines.append(scores)
-        return Made(storage.to_rows(lines))
 
 
 def evaluation(config: Config, scores: Manifest) -> str:
     """What an evaluate run is known by."""
-    return fingerprint([scores.fingerprint, config.score.static_below])
+    reference = storage.join(config.out, "scores", REFERENCE)
+    there = storage.exists(storage.join(reference, "manifest.json"))
+    measured_to = artifact.read_manifest(reference, KIND).fingerprint if there else None
+    own = config.score.model_dump(include={"static_below", "bootstrap", "leakage"})
+    return fingerprint([posixpath.basename(scores.uri), scores.fingerprint, measured_to, own, artifact.code(*SUMMARY)])
 
 
-def _plan(config: Config, name: str, own: Manifest, videos: dict[str, Manifest], net: Artifact) -> Artifact:
-    identity = {
-        "videos": own.fingerprint,
-        "real": videos[REAL].fingerprint,
-        "feature_net": net.fingerprint,
-        "code": artifact.code(*CODE),
+def _parts(sets: dict[str, Videos], name: str, made: Artifact) -> list[Part]:
+    videos = sets[name]
+    images = sets[REAL].images if REAL in sets and name != REFERENCE else {}
+    lines = [
+        {key: line[key] for key in ("file", "clip_id")} | {"image": images.get(name_of(line["file"]))}
+        for line in videos.lines
+    ]
+    return [
+        Part(made.path("parts", f"part-{i:05d}.jsonl"), {"folder": videos.uri, "lines": lot}, len(lot))
+        for i, lot in enumerate(chunks(lines, VIDEOS_PER_PART))
+    ]
+
+
+def _identities(config: Config, detectors: dict[str, str]) -> dict[str, str]:
+    """Of the networks that are given."""
+    found = {}
+    for name, uri in detectors.items():
+        with refusing_weights(KEYS[name]):
+            found[name] = load_detector(name, uri).identity
+    if config.score.clip:
+        with refusing_weights("score.clip"):
+            found["clip"] = ClipSimilarity.load(storage.kept_copy(config.score.clip)).identity
+    return found
+
+
+def _ask(config: Config, detectors: dict[str, str], sets: dict[str, Videos]) -> None:
+    """Each network once, before workers do, about a video that can be decoded."""
+    lines = ((videos.uri, line["file"]) for videos in sets.values() for line in videos.lines[:8])
+    for uri, file in lines if detectors else ():
+        try:
+            frames, _ = seen(storage.read(storage.join(uri, file)), config.score.protocol)
+        except (BadVideo, ValueError):
+            continue
+        for name, detector in detectors.items():
+            with refusing_weights(KEYS[name]):
+                load_detector(name, detector)(frames[None])
+        return
+
+
+# -- of each video -----------------------------------------------------------------------------------------------------
+
+
+def _finish(made: Artifact, parts: list[Part], real: Artifact | None) -> None:
+    """The table of scores and that of rejects; features stay in the parts."""
+    found = [line for part in parts for line in storage.read_rows(part.uri)]
+    rejects = [line for line in found if "reason" in line]
+    table = [{k: v for k, v in line.items() if k not in FEATURES} for line in found if "reason" not in line]
+    if len(found) != sum(part.size for part in parts):
+        raise AssertionError(f"{made.uri}: {sum(part.size for part in parts)} videos, {len(found)} scored or rejected")
+    true = storage.read_rows(real.path("scores.jsonl")) if real else []
+    truth = {name_of(line["file"]): line["motion"] for line in true}
+    problems = []
+    for line in table:
+        if (motion := truth.get(name_of(line["file"]))) is not None:
+            line["motion_lack"] = motion - line["motion"]
+        if problem := line.pop("image_problem", None):
+            problems.append({"clip_id": line["clip_id"], "file": line["file"], "reason": "image", "message": problem})
+    storage.write_rows(made.path("scores.jsonl"), table)
+    storage.write_rows(made.path("rejects.jsonl"), rejects + problems)
+    made.finish({"videos": len(table), "rejects": len(rejects), "images_unread": len(problems), "parts": len(parts)})
+    if rejects or problems:
+        told = f"{len(rejects)} of {len(found)} videos cannot be scored, {len(problems)} images cannot be read"
+        print(f"{made.uri}: {told}: rejects.jsonl has the reasons")
+
+
+# -- in MLflow ---------------------------------------------------------------------------------------------------------
+
+
+def _evaluate(config: Config, sets: dict[str, Videos], scores: dict[str, Manifest]) -> None:
+    """A run for each set. One that is finished stays as it is, but for a leakage that could not be measured then."""
+    done = {
+        (run.info.run_name, run.data.tags["cil.fingerprint"]): run.data.metrics
+        for run in runs(config, "evaluate")
+        if run.info.status == "FINISHED"
     }
-    return Artifact(storage.join(config.out, "scores", name), KIND, identity)
-
-
-def _feature_net(config: Config, reference: Manifest, real: Manifest) -> Artifact:
-    """Trained once on the reference clips, whose captions tell their velocities."""
-    identity = {
-        "reference": reference.fingerprint,
-        "steps": config.score.feature_steps,
-        "seed": config.seed,
-        "code": artifact.code("cil.metrics.features"),
-    }
-    made = Artifact(storage.join(config.out, "feature_net"), NET_KIND, identity)
-    if made.finished:
-        return made
-    frames, velocity = _told(reference)
-    made.begin(config.model_dump_json(indent=1))
-    net = train_velocity_net(frames, velocity, config.score.feature_steps, config.seed)
-    storage.write(made.path("net.safetensors"), safetensors.torch.save(net.state_dict()))
-    made.finish({"clips": len(frames)})
-    unseen, truth = _told(real)
-    error = (net(unseen)[1] - truth).square().mean().sqrt()
-    print(f"{NET_KIND}: reads the velocity of real clips that it never saw with an error of {error:.2f} pixels a frame")
-    return made
-
-
-def _told(videos: Manifest) -> tuple[Tensor, Tensor]:
-    """The clips whose captions tell their velocity, and that velocity in pixels a frame of the clip."""
-    told = [(line, velocity_of(line["caption"])) for line in _index(videos)]
-    frames = [decode_all(storage.read(storage.join(videos.uri, line["file"]))) for line, v in told if v is not None]
-    velocities = [[line["stride"] * x for x in v] for line, v in told if v is not None]
-    if len(frames) < 2:
-        raise UserError(
-            "the feature net learns velocities from captions as jobs.make_shapes writes them; here are none"
+    curves = measure_leakage(config, [name for name in config.evaluation_rows() if name in sets])
+    for name, videos in sets.items():
+        known_by = evaluation(config, scores[name])
+        values, curve = done.get((name, known_by)), curves.get(name)
+        leakage = {"leakage": curve["leakage"]} if curve and curve["leakage"] is not None else {}
+        if values is None or leakage.keys() - values.keys():
+            found = summarise(config, scores[name], scores.get(REAL), scores.get(REFERENCE))
+            values = found.values | leakage
+            run = Run(config, name, "evaluate", known_by)
+            run.parameters(_settings(config, scores[name], videos))
+            run.tags({"row": name, "videos": videos.uri, "scores": scores[name].uri})
+            if row := config.evaluation_rows().get(name):
+                run.tags({"weights": row.weights})
+            if curve:
+                run.tags({"leakage": curve["uri"]})
+                found.files["leakage.json"] = json.loads(storage.read(storage.join(curve["uri"], FILE)))
+            if found.warnings:
+                run.tags({"too_small": "; ".join(found.warnings)})
+                print("\n".join(f"{KIND}: {name}: {warning}" for warning in found.warnings))
+            run.metrics(values)
+            for file, content in found.files.items():
+                run.file(file, json.dumps(content, indent=1).encode())
+            run.finish()
+        told = ", ".join(
+            f"{key} {value:.3f}" for key, value in sorted(values.items()) if key not in ("videos", "rejects")
         )
-    return torch.stack(frames), torch.tensor(velocities)
+        print(f"{KIND}: {name}: {told}")
 
 
-def _load_net(uri: str) -> VelocityNet:
-    net = VelocityNet().eval().requires_grad_(False)
-    net.load_state_dict(safetensors.torch.load(storage.read(storage.join(uri, "net.safetensors"))))
-    return net
-
-
-def _index(videos: Manifest) -> list[dict[str, Any]]:
-    return storage.read_rows(storage.join(videos.uri, "index.jsonl"))
-
-
-def _track(config: Config, name: str, scores: Manifest, videos: Manifest, values: dict[str, float]) -> None:
-    run = Run(config, name, "evaluate", evaluation(config, scores))
-    row = config.evaluation_rows().get(name)
-    if row:
-        trained = config.training_rows().get(row.weights)
-        run.parameters({"row": row.settings.model_dump(exclude={"weights"}), "steps": config.generate.steps})
-        run.tags({"weights": row.weights})
-        run.parameters({"train": read_weights(config, row.weights).identity["row"]} if trained else {})
-    run.tags({"row": name, "videos": videos.uri, "scores": scores.uri})
-    run.metrics(values)
-    run.finish()
-    print(f"{KIND}: {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items() if k != "videos"))
+def _settings(config: Config, scores: Manifest, videos: Videos) -> dict[str, Any]:
+    """What shaped the figures: how they are measured, and of the study's rows sampling, training, noise and data."""
+    measured = scores.identity["networks"] | {"protocol": config.score.protocol}
+    told: dict[str, Any] = {"score": measured | {"static_below": config.score.static_below}}
+    row = config.evaluation_rows().get(posixpath.basename(scores.uri))
+    if videos.made is None or row is None:
+        return told
+    made = videos.made.identity
+    told |= {key: made[key] for key in ("row", "steps", "shift", "weights", "initial_noise", "cache") if key in made}
+    weights = storage.join(config.out, "weights", row.weights)
+    if row.weights in config.training_rows() and storage.exists(storage.join(weights, "manifest.json")):
+        told["train"] = artifact.read_manifest(weights, "weights").identity["row"]
+    return told

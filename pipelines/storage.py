@@ -245,6 +245,16 @@ def files_below(uri: str) -> list[str]:
     return sorted(found)
 
 
+def sizes_below(uri: str) -> dict[str, int]:
+    """Of the same files, the bytes of each."""
+    if is_local(uri):
+        return {name: os.path.getsize(os.path.join(uri, name)) for name in files_below(uri)}
+    with _remote(uri) as remote:
+        skipped = len(remote._strip_protocol(uri).rstrip("/")) + 1
+        found = {path[skipped:]: int(info["size"]) for path, info in remote.find(uri, detail=True).items()}
+        return {name: size for name, size in sorted(found.items()) if name and not name.endswith("/")}
+
+
 def _raise(error: OSError) -> None:
     """What os.walk would pass over: a folder that cannot be read is not an empty one."""
     raise error

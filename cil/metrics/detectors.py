@@ -30,6 +30,23 @@ class Protocol(NamedTuple):
     frames: int
     fps: float
 
+    def indices(self, count: int, fps: float) -> list[int]:
+        """Which frames of a video are seen: from its first one on, those nearest to this rate.
+
+        A video of just so many frames is a clip as models make them: all are seen, at whatever rate its file plays.
+        """
+        if count == self.frames:
+            return list(range(count))
+        if not fps > 0:
+            raise ValueError(f"its frame rate is unknown, and {self.frames} frames at {self.fps:g} fps are wanted")
+        found = [int(k * fps / self.fps + 0.5) for k in range(self.frames)]
+        if len(set(found)) < len(found):
+            raise ValueError(f"{fps:g} fps, and {self.frames} frames at {self.fps:g} fps are wanted")
+        if found[-1] >= count:
+            told = f"{count} frames at {fps:g} fps"
+            raise ValueError(f"{told}; {self.frames} at {self.fps:g} fps take the first {found[-1] + 1} of a video")
+        return found
+
 
 FVD = Protocol(2048, 16, 3.0)
 INCEPTION_SCORE = Protocol(10_000, 16, 3.0)
@@ -75,7 +92,9 @@ class Detector:
             # Not profiled and compiled anew on the way: the second video is to be computed as the first one was.
             with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
                 found = self.module(videos, **self.keywords)
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:  # the second one is what a network itself raises
+            if "out of memory" in _last_line(error):  # the machine's fault, not this video's
+                raise
             raise ValueError(f"{told}: {_last_line(error)}") from None
         if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != len(frames):
             shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -104,6 +123,6 @@ def _arguments(module: Any) -> set[str]:
     return {argument.name for argument in module.forward.schema.arguments}
 
 
-def _last_line(error: RuntimeError) -> str:
+def _last_line(error: Exception) -> str:
     """Of what TorchScript says, behind a listing of the program."""
     return str(error).strip().splitlines()[-1]

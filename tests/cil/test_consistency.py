@@ -8,6 +8,7 @@ import scipy.ndimage
 import torch
 
 from cil.metrics.consistency import warp_error
+from cil.metrics.motion import Flow
 
 
 def texture(seed: int = 0, height: int = 64, width: int = 160) -> np.ndarray:
@@ -101,6 +102,13 @@ def test_smaller_pictures_tell_the_same():
     found = warp_error(frames, longest=80)
     assert found.error < 2e-4
     assert found.error != warp_error(frames, longest=120).error
+
+
+def test_a_flow_that_is_known_already_is_not_computed_anew():
+    frames = video(pan(2))
+    assert warp_error(frames, flow=Flow(frames)) == warp_error(frames)
+    still = Flow(video([texture()[:, :80]] * 5))
+    assert warp_error(frames, flow=still).hidden > 0.9  # there and back is not where it was
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 64, 3), (4, 8, 64, 3)])

@@ -73,6 +73,34 @@ def test_the_papers_protocol_stands_where_it_can_be_read():
     assert Protocol(videos=10_000, frames=16, fps=3.0) == INCEPTION_SCORE
 
 
+def test_of_a_longer_video_the_frames_nearest_to_the_rate_are_seen_from_its_beginning():
+    assert FVD.indices(300, 30) == list(range(0, 151, 10))
+    assert FVD.indices(46, 8.6) == [0, 3, 6, 9, 11, 14, 17, 20, 23, 26, 29, 32, 34, 37, 40, 43]
+    found = FVD.indices(400, 23.976)
+    assert max(abs(i / 23.976 - k / 3) for k, i in enumerate(found)) <= 0.5 / 23.976 + 1e-9
+    assert FVD.indices(17, 3) == list(range(16))
+    assert Protocol(2, 4, 5.0).indices(31, 30) == [0, 6, 12, 18]
+
+
+def test_a_video_of_just_so_many_frames_is_seen_whole_at_whatever_rate_it_plays():
+    for fps in (8, 30, 1, 0):
+        assert FVD.indices(16, fps) == list(range(16))
+
+
+@pytest.mark.parametrize(
+    ("count", "fps", "says"),
+    [
+        (150, 30, r"150 frames at 30 fps; 16 at 3 fps take the first 151 of a video"),
+        (15, 30, "15 frames at 30 fps; 16 at 3 fps"),
+        (100, 2, "2 fps, and 16 frames at 3 fps are wanted"),
+        (100, 0, "its frame rate is unknown"),
+    ],
+)
+def test_a_video_that_is_too_short_or_too_slow_is_refused(count, fps, says):
+    with pytest.raises(ValueError, match=says):
+        FVD.indices(count, fps)
+
+
 def test_i3ds_features_are_asked_for_with_all_three_keywords(tmp_path):
     path = saved(I3D(), tmp_path / "i3d_torchscript.pt")
     x = frames(n=3)
@@ -145,6 +173,22 @@ def test_several_outputs_and_a_network_that_fails_are_one_line_too(tmp_path):
     with pytest.raises(ValueError, match=r"c3d.pt, of videos \[2, 3, 4, 16, 20\]: .*Kernel size can't be") as told:
         short(frames(t=4))
     assert "\n" not in str(told.value)
+
+
+class Raises(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.size(2) > 4:
+            raise RuntimeError("CUDA out of memory")
+        assert x.size(2) > 4, "four frames are too few"
+        return x
+
+
+def test_what_a_network_itself_refuses_is_one_line_but_a_gpu_without_memory_is_not_the_videos_fault(tmp_path):
+    detector = Detector.classes(saved(Raises(), tmp_path / "net.pt"))
+    with pytest.raises(ValueError, match=r"net.pt, of videos .*four frames are too few$"):
+        detector(frames())
+    with pytest.raises((RuntimeError, torch.jit.Error), match="out of memory"):
+        detector(frames(t=5))
 
 
 def test_files_that_are_no_such_network_are_refused(tmp_path):

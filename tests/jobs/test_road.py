@@ -15,7 +15,7 @@ from cil import InitialNoise, Moments, families
 from cil.metrics.duplicates import picture_hash
 from cil.metrics.motion import motion_score
 from jobs import paper
-from pipelines import cache, generate, score, storage
+from pipelines import cache, feature_net, generate, score, storage
 from pipelines.artifact import read_manifest
 from pipelines.config import load
 from pipelines.errors import Unfinished, UserError
@@ -243,6 +243,30 @@ def test_scores_are_kept_for_every_video_and_the_real_row_is_the_yardstick(road)
     assert found["naive-1"]["static_share"] == np.mean([r["speed"] < 0.7 for r in rows])
 
 
+def test_an_evaluate_run_tells_how_its_row_was_sampled_and_trained_and_how_much_its_weights_leak(road):
+    found = {run.info.run_name: run.data for run in runs(road, "evaluate")}
+    cured, naive = found["timenoise+analytic-init-2"], found["naive-2"]
+    wanted = {"row.M": "700.0", "row.start": "analytic", "row.guidance": "1.0", "steps": "2", "train.seed": "2"}
+    wanted |= {"train.conditioning.kind": "timenoise", "cache": cache.read_cache(road).fingerprint}
+    assert {key: cured.params.get(key) for key in wanted} == wanted
+    assert {"train.conditioning.beta_m", "train.conditioning.a", "initial_noise"} < cured.params.keys()
+    weights = read_manifest(f"{road.out}/weights/timenoise-2", "weights").fingerprint
+    assert cured.params["weights"] == f"{weights}-ema"
+    assert naive.params["row.M"] == "None"
+    assert 0 <= naive.metrics["leakage"] != cured.metrics["leakage"]
+    assert len(list(Path(road.out, "leakage").iterdir())) == len(found) - 1
+    assert {
+        "psnr",
+        "ssim",
+        "warp_error",
+        "hidden",
+        "dynamic_degree",
+        "motion_lack",
+        "motion_off",
+    } < naive.metrics.keys()
+    assert naive.metrics["spectrum_time"] > 0
+
+
 def test_another_threshold_is_another_evaluate_run_of_the_same_scores(road, smallest):
     rows = [r["speed"] for r in storage.read_rows(f"{road.out}/scores/naive-1/scores.jsonl")]
     strict = smallest(road.out, "score.static_below=1.0e-6")
@@ -254,7 +278,7 @@ def test_another_threshold_is_another_evaluate_run_of_the_same_scores(road, smal
 
 def test_the_reference_captions_tell_the_velocities_that_the_feature_net_learned(road):
     lines = storage.read_rows(f"{road.out}/videos/reference/index.jsonl")
-    assert read_manifest(f"{road.out}/feature_net", score.NET_KIND).counts["clips"] == len(lines)
+    assert read_manifest(f"{road.out}/feature_net", feature_net.KIND).counts["clips"] == len(lines)
     assert all(velocity_of(line["caption"]) is not None for line in lines)
 
 

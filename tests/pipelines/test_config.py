@@ -133,6 +133,12 @@ BOX = "[top, left, bottom, right], each 0..1, top above bottom and left before r
             ["finetune.rows={a: {sweep: {lr: [1]}}, b: {weights: a}}"],
             "finetune.rows.b.weights=a: a row before it (a_lr=1)",
         ),
+        (["score.videos=[/a]"], "score.videos=['/a']: input should be a valid dictionary"),
+        (["score.videos.ours=http://a"], "score.videos.ours=http://a: a local path or s3://"),
+        (["score.protocol=kinetics"], "score.protocol=kinetics: input should be 'whole' or 'paper'"),
+        (["score.measures=[fvd]"], "score.measures.0=fvd: input should be 'alignment', 'consistency' or 'spectra'"),
+        (["score.gpus=2"], "score.gpus=2: input should be less than or equal to 1"),
+        (["score.bootstrap=-1"], "score.bootstrap=-1: input should be greater than or equal to 0"),
     ],
 )
 def test_a_message_has_the_key_as_the_user_wrote_it(overrides, message):

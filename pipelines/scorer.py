@@ -1,0 +1,125 @@
+"""The videos of one part scored: each is decoded once, whatever is measured on it."""
+
+import base64
+import posixpath
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from cil.images import read_image
+from cil.metrics import spectra
+from cil.metrics.alignment import ClipSimilarity, psnr, ssim
+from cil.metrics.consistency import warp_error
+from cil.metrics.detectors import FVD, Detector
+from cil.metrics.dynamics import FPS, fastest, is_dynamic
+from cil.metrics.features import VelocityNet
+from cil.metrics.motion import Flow, first_frame_error
+from pipelines import storage
+from pipelines.parts import Made
+from pipelines.video import BadVideo, PyAVDecoder, fit
+
+VIDEO = (".mp4",)
+FEATURES = ("velocity", "fvd", "classes")  # columns of a part that no table of scores has: long, and for sets only
+
+
+class Scorer:
+    """Made once a worker. A line of a part has a video's scores, or the reason why there are none."""
+
+    def __init__(
+        self,
+        net: str | None,
+        detectors: dict[str, str],
+        clip: str | None,
+        measures: list[str],
+        protocol: str,
+        gpu: bool,
+    ) -> None:
+        """`net`: the folder of the feature net. `detectors`: files of `fvd` and `classes`."""
+        device = "cuda" if gpu and torch.cuda.is_available() else "cpu"
+        self.net = net and load_net(net)
+        self.detectors = {name: load_detector(name, uri).to(device) for name, uri in detectors.items()}
+        self.clip = clip and ClipSimilarity.load(storage.kept_copy(clip)).to(device)
+        self.measures, self.protocol = measures, protocol
+
+    def __call__(self, plan: dict[str, Any]) -> Made:
+        lines = []
+        for line in plan["lines"]:
+            known = {"clip_id": line["clip_id"], "file": line["file"]}
+            try:
+                lines.append(known | self.scores(storage.join(plan["folder"], line["file"]), line["image"]))
+            except BadVideo as error:
+                lines.append(known | {"reason": error.reason, "message": str(error)[:500]})
+            except ValueError as error:  # too short, too small
+                lines.append(known | {"reason": "unfit", "message": str(error)[:500]})
+        return Made(storage.to_rows(lines))
+
+    def scores(self, uri: str, image: str | None) -> dict[str, Any]:
+        """`image`: the file with the conditional image, a picture or the true clip; of a true clip itself."""
+        frames, fps = seen(storage.read(uri), self.protocol)
+        size = frames.shape[1:3]
+        flow = Flow(frames)
+        found: dict[str, Any] = {"motion": flow.mean, "dynamic": is_dynamic(fastest(flow), min(size), fps or FPS)}
+        if self.net:
+            features, velocity = self.net(frames[None])
+            found |= {"speed": float(velocity[0].norm()), "velocity": _text(features[0])}
+        if image and "alignment" in self.measures:
+            try:
+                found |= self.alignment(frames[0], frames[0] if image == uri else first_picture(image, *size))
+            except (BadVideo, ValueError) as problem:  # the video is as good as before
+                found["image_problem"] = f"{posixpath.basename(image)}: {problem}"[:500]
+        if "consistency" in self.measures:
+            error, hidden = warp_error(frames, flow=flow)
+            found |= {"warp_error": error if error == error else None, "hidden": hidden}
+        if "spectra" in self.measures:
+            if max(size) >= spectra.SMALLEST:
+                found["spatial"] = _short(spectra.spatial_spectrum(frames))
+            found["temporal"] = _short(spectra.temporal_spectrum(frames))
+        return found | {name: _text(detector(frames[None])[0]) for name, detector in self.detectors.items()}
+
+    def alignment(self, picture: Tensor, image: Tensor) -> dict[str, float]:
+        found = {
+            "first_frame_error": first_frame_error(picture[None], image),
+            "psnr": psnr(picture, image),
+            "ssim": ssim(picture, image),
+        }
+        return found | ({"clip_similarity": self.clip(picture, image)} if self.clip else {})
+
+
+def seen(data: bytes, protocol: str) -> tuple[Tensor, float]:
+    """The frames of a video that are looked at, and how many of them are a second; 0: nobody knows."""
+    video = PyAVDecoder(data)
+    wanted = FVD.indices(video.count, video.fps) if protocol == "paper" else range(video.count)
+    return torch.from_numpy(video.frames(wanted)), FVD.fps if protocol == "paper" else video.fps
+
+
+def first_picture(uri: str, height: int, width: int) -> Tensor:
+    """A picture, or a video's first frame, cut to this size as conditional images are."""
+    data = storage.read(uri)
+    if uri.lower().endswith(VIDEO):
+        return fit(PyAVDecoder(data).frames([0]), height, width)[0]
+    return read_image(data, height, width)
+
+
+def load_net(uri: str) -> VelocityNet:
+    net = VelocityNet().eval().requires_grad_(False)
+    net.load_state_dict(safetensors.torch.load(storage.read(storage.join(uri, "net.safetensors"))))
+    return net
+
+
+def load_detector(name: str, uri: str) -> Detector:
+    return (Detector.features if name == "fvd" else Detector.classes)(storage.kept_copy(uri))
+
+
+def _text(features: Tensor) -> str:
+    return base64.b64encode(features.float().numpy().tobytes()).decode()
+
+
+def features_of(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), np.float32)
+
+
+def _short(spectrum: Tensor) -> list[float]:
+    return [float(f"{x:.6g}") for x in spectrum.tolist()]

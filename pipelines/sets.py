@@ -1,0 +1,102 @@
+"""The sets of videos that are scored: those of the study, and folders of files made elsewhere.
+
+A video, its true clip and its conditional image have files of the same name.
+"""
+
+import hashlib
+import posixpath
+from dataclasses import dataclass
+from typing import Any
+
+from cil.metrics.detectors import FVD, INCEPTION_SCORE
+from pipelines import artifact, storage
+from pipelines.artifact import Manifest
+from pipelines.config import Config
+from pipelines.errors import UserError
+from pipelines.generate import KIND as VIDEOS
+from pipelines.generate import REAL, REFERENCE
+from pipelines.scorer import VIDEO
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+
+
+@dataclass(frozen=True)
+class Videos:
+    """A set: in an order that says nothing of its content, the first so many are a sample."""
+
+    uri: str
+    fingerprint: str
+    lines: list[dict[str, Any]]  # file, clip_id, and of the study's what else is known
+    images: dict[str, str]  # by a video's name, the file with its conditional image
+    made: Manifest | None  # of the study's
+
+    @property
+    def identity(self) -> str:
+        return artifact.fingerprint([self.fingerprint, [line["file"] for line in self.lines]])
+
+
+def sets_of(config: Config) -> dict[str, Videos]:
+    """The reference and the true clips, where there are any, and what is scored."""
+    settings, sets, missing = config.score, dict[str, Videos](), []
+    given = {REFERENCE: settings.reference, REAL: settings.real}
+    for name in (REFERENCE, REAL, *config.evaluation_rows()):
+        folder = storage.join(config.out, "videos", name)
+        if uri := given.get(name):
+            sets[name] = _folder(f"score.{name}", uri, name == REAL)
+        elif not settings.videos or storage.exists(storage.join(folder, "manifest.json")):
+            sets[name] = generated(artifact.read_manifest(folder, VIDEOS))
+        else:
+            missing.append(name)
+    if missing and sets.keys() - given.keys():
+        print(f"scores: the study has no videos of {', '.join(missing)}; they are left out")
+    for name, uri in settings.videos.items():
+        sets[name] = _folder(f"score.videos.{name}", uri)
+    if REFERENCE not in sets:
+        print("scores: no score.reference, and no reference set of the study: no distances to it are measured")
+    if REAL in sets:
+        _say_overlap(sets)
+    if settings.protocol == "paper":
+        most = (INCEPTION_SCORE if settings.inception else FVD).videos
+        asked = {
+            name_of(line["file"]) for name, videos in sets.items() if name not in given for line in videos.lines[:most]
+        }
+        for name, videos in sets.items():
+            if name == REAL:  # of more true clips than are seen, those of the videos that are
+                videos.lines.sort(key=lambda line: name_of(line["file"]) not in asked)
+            del videos.lines[most:]
+    return sets
+
+
+def generated(made: Manifest) -> Videos:
+    lines = storage.read_rows(storage.join(made.uri, "index.jsonl"))
+    images = {name_of(line["file"]): storage.join(made.uri, line["file"]) for line in lines}
+    return Videos(made.uri, made.fingerprint, lines, images, made)
+
+
+def _folder(key: str, uri: str, pictures: bool = False) -> Videos:
+    """Of files made elsewhere, known by their names and sizes."""
+    if not storage.exists(uri):
+        raise UserError(f"{key}={uri}: there is nothing")
+    endings = (*VIDEO, *PICTURES) if pictures else VIDEO
+    sizes = {file: size for file, size in storage.sizes_below(uri).items() if file.lower().endswith(endings)}
+    if not sizes:
+        raise UserError(f"{key}={uri}: holds no {'.mp4 and no picture' if pictures else '.mp4'}")
+    files = sorted(sizes, key=lambda file: hashlib.sha256(name_of(file).encode("utf-8", "surrogateescape")).hexdigest())
+    videos = [file for file in files if file.lower().endswith(VIDEO)]
+    # A picture before a video of the same name: it is the image itself.
+    images = {name_of(file): storage.join(uri, file) for file in [*videos, *(f for f in files if f not in set(videos))]}
+    lines = [{"file": file, "clip_id": name_of(file)} for file in videos]
+    return Videos(uri, artifact.fingerprint(sorted(sizes.items())), lines, images, None)
+
+
+def name_of(file: str) -> str:
+    return posixpath.splitext(file)[0]
+
+
+def _say_overlap(sets: dict[str, Videos]) -> None:
+    for name, videos in sets.items():
+        both = sum(name_of(line["file"]) in sets[REAL].images for line in videos.lines)
+        if both < len(videos.lines) and name not in (REAL, REFERENCE):
+            told = f"{both} of its {len(videos.lines)} videos have a true clip or a conditional image of their name"
+            absent = "what is measured against these is absent" if not both else "the others count where none is needed"
+            print(f"scores: {name}: {told} in {sets[REAL].uri}: {absent}")

@@ -1,0 +1,522 @@
+"""jobs.score on sets of videos, also made elsewhere: what is measured of them, and what is said of what cannot be."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+from published import write_clip
+from torch import Tensor, nn
+
+from cil.metrics.alignment import psnr, ssim
+from cil.metrics.consistency import warp_error
+from cil.metrics.detectors import Detector
+from cil.metrics.frechet import frechet_distance
+from cil.metrics.inception_score import ClassMoments, split_of
+from cil.metrics.motion import motion_score
+from cil.metrics.spectra import spatial_spectrum, temporal_spectrum
+from pipelines import storage
+from pipelines.config import load
+from pipelines.errors import UserError
+from pipelines.generate import generate
+from pipelines.models import family_of
+from pipelines.score import score
+from pipelines.tracking import runs
+from pipelines.video import PyAVDecoder, decode_all, encode
+from pipelines.weights import network_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+
+class I3D(nn.Module):
+    """Features: means and deviations of three colours over time."""
+
+    def __init__(self, wide: bool = True) -> None:
+        super().__init__()
+        self.wide = wide
+
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        x = x.float() / 64
+        found = torch.cat(
+            [x.mean(dim=[2, 3, 4]), x.std(dim=[3, 4]).mean(dim=2), x.diff(dim=2).abs().mean([2, 3, 4])], 1
+        )
+        if not return_features:
+            return torch.softmax(found, 1)
+        return found if self.wide else found[:, :, None]
+
+
+class C3D(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x.float().mean(dim=[2, 3, 4]), 1)
+
+
+def saved(module: nn.Module, path: Path) -> str:
+    torch.jit.script(module).save(path)
+    return str(path)
+
+
+def clip(seed: int, speed: float, frames: int = 6, size: tuple[int, int] = (32, 48)) -> np.ndarray:
+    """A texture that drifts, uint8 [T, H, W, 3]."""
+    random = np.random.default_rng(seed)
+    scene = scipy.ndimage.gaussian_filter(random.standard_normal((*size, 3)), (2, 2, 0), mode="wrap")
+    scene = 128 + 45 * scene / scene.std() + random.uniform(-30, 30, 3)
+    shown = [scipy.ndimage.shift(scene, (0, speed * k, 0), order=1, mode="grid-wrap") for k in range(frames)]
+    return np.clip(np.stack(shown), 0, 255).astype(np.uint8)
+
+
+def write_set(folder: Path, speed: float, names: list[str], fps: int = 8, seed: int = 0, **kind) -> Path:
+    folder.mkdir(parents=True)
+    for k, name in enumerate(names):
+        path = folder / f"{name}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encode(clip(seed + k, speed, **kind), fps))
+    return folder
+
+
+PAIRED = {"motion_lack", "psnr", "ssim", "first_frame_error"}
+NAMES = [f"n{k}" for k in range(11)] + ["inner/n11"]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> Path:
+    """ours (slow, two damaged), other (other names), reference and true (fast), and images of some."""
+    root = tmp_path_factory.mktemp("sets")
+    write_set(root / "ours", 0.3, NAMES)
+    (root / "ours/broken.mp4").write_bytes(b"no video")
+    (root / "ours/short.mp4").write_bytes(encode(clip(0, 1, frames=1), 8))
+    (root / "ours/notes.txt").write_text("not a video")
+    write_set(root / "other", 0.3, [f"x{k}" for k in range(4)], seed=50)
+    write_set(root / "true", 1.5, NAMES)
+    write_set(root / "reference", 1.5, [f"r{k}" for k in range(13)], seed=100)
+    (root / "images").mkdir()
+    for k in range(3):
+        picture = np.pad(clip(k, 0.3)[0], ((0, 0), (16, 16), (0, 0)), mode="edge")  # wider: its middle is meant
+        Image.fromarray(picture).save(root / f"images/n{k}.png")
+    (root / "images/n3.jpg").write_bytes(b"no picture")
+    return root
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+@pytest.fixture
+def told(sets, store, here, monkeypatch, tmp_path):
+    """told("key=value", ...) -> a configuration of `ours`, measured to the reference, scored in this process."""
+    for module in ("score", "leakage", "generate"):
+        monkeypatch.setattr(f"pipelines.{module}.make_parts", here.make_parts)
+
+    def of(*overrides: str):
+        named = [f"out={tmp_path}/out", f"tracking.uri={store}", f"tracking.experiment={tmp_path.name}"]
+        return load(None, [*named, f"score.videos.ours={sets}/ours", f"score.reference={sets}/reference", *overrides])
+
+    return of
+
+
+def table(config, name: str = "ours", file: str = "scores") -> dict[str, dict]:
+    return {line["file"]: line for line in storage.read_rows(f"{config.out}/scores/{name}/{file}.jsonl")}
+
+
+def run_of(config, name: str = "ours"):
+    (found,) = [run for run in runs(config, "evaluate") if run.info.run_name == name]
+    return found
+
+
+def test_two_folders_from_elsewhere_are_scored_without_a_cache_or_a_study(told, sets, capfd):
+    config = told()
+    score(config)
+    lines = table(config)
+    assert len(lines) == 12
+    frames = decode_all((sets / "ours/n4.mp4").read_bytes())
+    assert lines["n4.mp4"]["motion"] == motion_score(frames)
+    assert lines["n4.mp4"]["warp_error"], lines["n4.mp4"]["hidden"] == tuple(warp_error(frames))
+    assert lines["n4.mp4"]["spatial"] == pytest.approx(spatial_spectrum(frames).tolist(), rel=1e-5)
+    assert lines["n4.mp4"]["temporal"] == pytest.approx(temporal_spectrum(frames).tolist(), rel=1e-5)
+    assert lines["inner/n11.mp4"]["clip_id"] == "inner/n11"
+    found = run_of(config)
+    metrics = found.data.metrics
+    assert metrics["motion"] == pytest.approx(np.mean([line["motion"] for line in lines.values()]))
+    assert metrics["motion_error"] > 0.5  # to the reference, as there are no true clips
+    assert metrics["static_share"] == 1  # by the motion score, which is below 0.4 of all
+    assert metrics["spectrum_time"] > metrics["spectrum_space"] > 0
+    assert (metrics["videos"], metrics["rejects"]) == (12, 2)
+    absent = {"speed", "frechet", "fvd", "is", "psnr", "first_frame_error", "motion_lack", "motion_off", "leakage"}
+    assert not absent & metrics.keys()
+    assert "cil.weights" not in found.data.tags
+    assert {run.info.run_name for run in runs(config, "evaluate")} == {"ours"}
+    assert not Path(config.out, "feature_net").exists()
+    spectra = json.loads(
+        Path(MlflowClient(config.tracking.uri).download_artifacts(found.info.run_id, "spectra.json")).read_text()
+    )
+    assert spectra["spatial"]["ours"] == pytest.approx(np.mean([line["spatial"] for line in lines.values()], axis=0))
+    assert len(spectra["temporal"]["reference"]) == 5
+
+
+def test_what_cannot_be_scored_is_a_row_with_its_reason_and_the_rest_goes_on(told, capfd):
+    config = told()
+    counts = score(config)["ours"].counts
+    rejects = table(config, file="rejects")
+    assert {file: line["reason"] for file, line in rejects.items()} == {
+        "broken.mp4": "not_a_video",
+        "short.mp4": "unfit",
+    }
+    assert "a motion score needs 2 frames" in rejects["short.mp4"]["message"]
+    assert (counts["videos"], counts["rejects"]) == (12, 2)
+    assert "2 of 14 videos cannot be scored" in capfd.readouterr().out
+
+
+def test_sets_are_paired_by_the_names_of_their_files(told, sets, capfd):
+    config = told(f"score.real={sets}/true", f"score.videos.other={sets}/other")
+    score(config)
+    assert "other: 0 of its 4 videos have a true clip" in capfd.readouterr().out
+    ours, true = table(config), table(config, "real")
+    for name in ("n4.mp4", "inner/n11.mp4"):
+        assert ours[name]["motion_lack"] == true[name]["motion"] - ours[name]["motion"] > 1
+        a, b = (decode_all((sets / folder / name).read_bytes())[0] for folder in ("ours", "true"))
+        assert (ours[name]["psnr"], ours[name]["ssim"]) == (psnr(a, b), ssim(a, b))
+    found = run_of(config).data.metrics
+    lack = np.array([line["motion_lack"] for line in ours.values()])
+    assert (found["motion_lack"], found["motion_off"]) == (pytest.approx(lack.mean()), pytest.approx(abs(lack).mean()))
+    assert found["motion_error"] == pytest.approx(lack.mean(), rel=0.05)
+    other = run_of(config, "other").data.metrics
+    assert not {"motion_lack", "motion_off", "psnr", "ssim", "first_frame_error"} & other.keys()
+    assert {"motion", "motion_error", "spectrum_time", "warp_error"} < other.keys()
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    assert [name for name in found if f"`{name}`" not in page] == []
+    real = run_of(config, "real").data.metrics
+    assert (real["first_frame_error"], real["psnr"], real["motion_error"]) == (0, 100, 0)
+
+
+def test_conditional_images_may_be_pictures_of_another_size_without_true_clips(told, sets, tmp_path):
+    folder = write_clip(tmp_path / "clip")
+    config = told(f"score.real={sets}/images", f"score.clip={folder}")
+    score(config)
+    lines = table(config)
+    first = decode_all((sets / "ours/n2.mp4").read_bytes())[0]
+    assert lines["n2.mp4"]["psnr"] == psnr(first, torch.from_numpy(clip(2, 0.3)[0])) > 25
+    assert lines["n2.mp4"]["clip_similarity"] > 0.99
+    assert "psnr" not in lines["n3.mp4"]  # its picture is none
+    assert table(config, file="rejects")["n3.mp4"]["reason"] == "image"
+    assert lines["n3.mp4"]["motion"] > 0
+    assert not Path(config.out, "scores/real").exists()
+    assert run_of(config).data.metrics["clip_similarity"] > 0.99
+    assert len(run_of(config).data.params["score.clip"]) == 16
+
+
+def by_hand(detector: Detector, folder: Path) -> Tensor:
+    files = [file for file in sorted(folder.rglob("*.mp4")) if file.name not in ("broken.mp4", "short.mp4")]
+    return torch.cat([detector(decode_all(file.read_bytes())[None]) for file in files])
+
+
+def test_fvd_and_is_are_those_of_the_networks_features_with_intervals_and_a_warning(
+    told, sets, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr("pipelines.score.VIDEOS_PER_PART", 5)  # moments of several parts are merged
+    i3d, c3d = saved(I3D(), tmp_path / "i3d.pt"), saved(C3D(), tmp_path / "c3d.pt")
+    config = told(f"score.fvd={i3d}", f"score.inception={c3d}")
+    score(config)
+    found = run_of(config)
+    metrics = found.data.metrics
+    ours, theirs = (by_hand(Detector.features(i3d), sets / name) for name in ("ours", "reference"))
+    assert metrics["fvd"] == pytest.approx(frechet_distance(ours, theirs), rel=1e-9)
+    assert metrics["fvd_low"] < metrics["fvd"] < metrics["fvd_high"]
+    order = [line["file"] for line in storage.read_rows(f"{config.out}/scores/ours/scores.jsonl")]
+    p = torch.cat([Detector.classes(c3d)(decode_all((sets / "ours" / f).read_bytes())[None]) for f in order])
+    scores = ClassMoments.of(p, split_of(torch.arange(12), 12)).scores
+    assert metrics["is"] == pytest.approx(float(scores.mean()))
+    assert metrics["is_sd"] == pytest.approx(float(scores.std(unbiased=False)))
+    assert metrics["is_low"] < metrics["is"] < metrics["is_high"]
+    told_of = capfd.readouterr().out
+    assert "ours: fvd: this set has 12 videos, where published figures are of 2,048" in told_of
+    assert "ours: is: this set has 12 videos, where published figures are of 10,000" in told_of
+    assert "12 videos" in found.data.tags["cil.too_small"]
+    assert found.data.params["score.fvd"] == Detector.features(i3d).identity
+    page = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
+    assert [name for name in metrics if f"`{name}`" not in page] == []
+    # Features are for sets: a table of scores has none.
+    assert not {"fvd", "classes", "velocity"} & next(iter(table(config).values())).keys()
+
+
+def test_without_a_bootstrap_there_is_no_interval(told, tmp_path):
+    config = told(f"score.fvd={saved(I3D(), tmp_path / 'i3d.pt')}", "score.bootstrap=0")
+    score(config)
+    assert "fvd" in run_of(config).data.metrics
+    assert "fvd_low" not in run_of(config).data.metrics
+
+
+def test_of_more_videos_than_memory_is_meant_for_there_is_a_distance_and_no_interval(told, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.summary.KEPT", 12)  # the reference has 13
+    config = told(
+        f"score.fvd={saved(I3D(), tmp_path / 'i3d.pt')}", f"score.inception={saved(C3D(), tmp_path / 'c.pt')}"
+    )
+    score(config)
+    assert "fvd_low" not in run_of(config).data.metrics
+    assert {"fvd", "is_low"} < run_of(config).data.metrics.keys()
+
+
+def test_what_is_dynamic_depends_on_the_frame_rate(told, tmp_path):
+    slow, fast = (write_set(tmp_path / f"{fps}", 0.5, ["a", "b"], fps) for fps in (8, 30))
+    config = told(f"score.videos={{slow: {slow}, fast: {fast}}}")
+    score(config)
+    degrees = [run_of(config, name).data.metrics["dynamic_degree"] for name in ("slow", "fast")]
+    assert degrees == [0, 1]  # faster than 0.75 and 0.2 pixels a frame
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["score.fvd={net}/flat.pt"], r"^score\.fvd: .*flat\.pt, of videos .*: gives \[1, 9, 1\]; expected \[1, D\]$"),
+        (["score.fvd={net}/c3d.pt"], r"^score\.fvd: .*c3d\.pt: its forward has no rescale"),
+        (["score.fvd={net}/none.pt"], r"^score\.fvd: .*none\.pt: no such file"),
+        (["score.inception={net}/none.pt"], r"^score\.inception: .*none\.pt: no such file"),
+        (["score.clip={net}"], r"^score\.clip: .*no config\.json in it"),
+        (["score.videos.ours={net}"], r"^score\.videos\.ours=.*: holds no \.mp4$"),
+        (["score.videos.ours={net}/none"], r"^score\.videos\.ours=.*/none: there is nothing$"),
+        (["score.reference={net}"], r"^score\.reference=.*: holds no \.mp4$"),
+        (["score.real={net}"], r"^score\.real=.*: holds no \.mp4 and no picture$"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_leaves_nothing_behind(told, tmp_path, overrides, says):
+    net = tmp_path / "net"
+    net.mkdir()
+    saved(I3D(wide=False), net / "flat.pt")
+    saved(C3D(), net / "c3d.pt")
+    config = told(*(override.format(net=net) for override in overrides))
+    with pytest.raises(UserError, match=says):
+        score(config)
+    assert not Path(config.out, "scores").exists()
+
+
+def test_run_again_it_does_nothing_and_anew_it_has_the_same_bytes(told, sets, here, tmp_path):
+    config = told(f"score.real={sets}/true")
+    score(config)
+    files = {path: path.read_bytes() for path in Path(config.out, "scores").rglob("*.jsonl")}
+    before = {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*") if path.is_file()}
+    here.made.clear()
+    score(config)
+    assert not here.made
+    assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*") if path.is_file()} == before
+    shutil.rmtree(Path(config.out, "scores"))
+    score(config)
+    assert {path: path.read_bytes() for path in Path(config.out, "scores").rglob("*.jsonl")} == files
+
+
+def test_a_part_that_is_there_is_not_made_again(told, here):
+    config = told()
+    score(config)
+    for path in ("manifest.json", "scores.jsonl"):
+        Path(config.out, "scores/ours", path).unlink()
+    here.made.clear()
+    score(config)
+    assert not here.made
+    assert len(table(config)) == 12
+
+
+def test_no_video_is_decoded_twice_whatever_is_measured(told, sets, tmp_path, monkeypatch):
+    decoded: list[int] = []
+    frames = PyAVDecoder.frames
+    monkeypatch.setattr(
+        PyAVDecoder, "frames", lambda self, wanted: decoded.append(len(list(wanted))) or frames(self, wanted)
+    )
+    score(told(f"score.real={sets}/true"))
+    # 12 + 13 + 12 of them whole, the short one, and of each true clip one frame more for the video that begins with it.
+    assert sorted(decoded) == [1] * (1 + 12) + [6] * (12 + 13 + 12)
+
+
+@pytest.mark.parametrize(
+    ("measure", "columns"),
+    [
+        ("alignment", {"psnr", "ssim", "first_frame_error"}),
+        ("consistency", {"warp_error", "hidden"}),
+        ("spectra", {"spatial", "temporal"}),
+    ],
+)
+def test_measures_may_be_left_out(told, sets, measure, columns):
+    others = [each for each in ("alignment", "consistency", "spectra") if each != measure]
+    config = told(f"score.real={sets}/true", f"score.measures=[{', '.join(others)}]")
+    score(config)
+    line = table(config)["n4.mp4"]
+    assert not columns & line.keys()
+    assert {"motion", "motion_lack", "dynamic"} < line.keys()
+    assert len(line) > 6
+
+
+def test_videos_of_several_lengths_have_a_temporal_spectrum_of_the_commonest(told, tmp_path):
+    folder = write_set(tmp_path / "mixed", 0.5, ["a", "b", "c"])
+    (folder / "long.mp4").write_bytes(encode(clip(3, 0.5, frames=9), 8))
+    longer = write_set(tmp_path / "longer", 0.5, ["a", "b"], frames=9)
+    config = told(f"score.videos.mixed={folder}", f"score.videos.longer={longer}")
+    score(config)
+    assert run_of(config, "mixed").data.metrics["spectrum_time"] > 0
+    # Frequencies that are not the reference's.
+    assert "spectrum_time" not in run_of(config, "longer").data.metrics
+    assert "spectrum_space" in run_of(config, "longer").data.metrics
+
+
+def test_the_papers_protocol_takes_16_frames_at_3_fps_of_the_first_so_many_videos(told, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("pipelines.sets.FVD", type(load_protocol())(4, 16, 3.0))
+    long = write_set(tmp_path / "long", 0.2, [f"n{k}" for k in range(6)], fps=6, frames=34)
+    whole = write_set(tmp_path / "whole", 0.2, ["n2", "n0"], fps=8, frames=16)
+    short = write_set(tmp_path / "short", 0.2, ["a", "b"], fps=6, frames=20)
+    config = told(
+        *("score.protocol=paper", f"score.videos={{long: {long}, whole: {whole}, short: {short}}}"),
+        *(f"score.reference={long}", f"score.real={long}"),
+    )
+    score(config)
+    lines = table(config, "long")
+    assert len(lines) == 4  # of 6
+    for file, line in lines.items():
+        frames = decode_all((long / file).read_bytes())[0:31:2]
+        assert line["motion"] == motion_score(frames)
+        assert len(line["temporal"]) == 15
+    frames = decode_all((whole / "n0.mp4").read_bytes())
+    assert table(config, "whole")["n0.mp4"]["motion"] == motion_score(frames)
+    assert {line["reason"] for line in table(config, "short", "rejects").values()} == {"unfit"}
+    assert run_of(config, "short").data.metrics == {"videos": 0, "rejects": 2}
+    assert run_of(config, "long").data.params["score.protocol"] == "paper"
+    # Of more true clips than are seen, those are which the videos have.
+    assert all("motion_lack" in line for name in ("long", "whole") for line in table(config, name).values())
+
+
+def load_protocol():
+    from cil.metrics.detectors import FVD
+
+    return FVD
+
+
+def test_a_set_of_the_name_of_a_row_is_refused():
+    with pytest.raises(UserError, match=r"^score\.videos\.base: a row of the study is called base too; rename one$"):
+        load(None, ["score.videos.base=/a"])
+    with pytest.raises(UserError, match="'real' is no name for a row"):
+        load(None, ["score.videos.real=/a"])
+
+
+def test_sets_may_lie_on_s3(told, sets, endpoint):
+    for file in ("ours/n1.mp4", "ours/inner/n11.mp4", "true/inner/n11.mp4"):
+        storage.write(f"s3://webvid/{file}", (sets / file).read_bytes())
+    config = told("score.videos={far: s3://webvid/ours}", "score.real=s3://webvid/true")
+    score(config)
+    near = told(f"out={config.out}-near", f"score.videos={{far: {sets}/ours}}", f"score.real={sets}/true")
+    score(near)
+    found, wanted = table(config, "far"), table(near, "far")
+    assert found["inner/n11.mp4"] == wanted["inner/n11.mp4"]
+    assert found["n1.mp4"] == {key: value for key, value in wanted["n1.mp4"].items() if key not in PAIRED}
+    assert len(found) == 2
+    with pytest.raises(UserError, match=r"s3://webvid/none: there is nothing"):
+        score(told("score.videos={far: s3://webvid/none}"))
+
+
+@pytest.mark.slow
+def test_the_command_line_scores_two_folders_by_workers_of_ray_and_makes_no_part_twice(sets, tmp_path):
+    out, named = tmp_path / "out", [f"score.videos={{ours: {sets}/ours}}", f"score.reference={sets}/reference"]
+    command = [sys.executable, "-m", "jobs.score", f"out={out}", *named]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "scores: ours: dynamic_degree" in done.stdout
+    assert f"{out}/scores/ours" in done.stdout.splitlines()[-1]
+    found = (out / "scores/ours/scores.jsonl").read_bytes()
+    for path in ("manifest.json", "scores.jsonl"):
+        (out / "scores/ours" / path).unlink()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (out / "scores/ours/scores.jsonl").read_bytes() == found
+    assert " left" not in done.stdout  # no part was made anew
+
+
+# -- the study's own rows ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def study(told, sets, built, settings, store, tmp_path):
+    """study("key=value", ...): a row `base` of random weights at a URI, whose videos are made; and `ours` beside it."""
+    family = family_of(settings(built))
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (name,) = family.export(network_of(settings(built), family, None).state_dict(), weights)
+    rows = f"generate.rows={{base: {{weights: {weights}/{name}, M: 700}}, again: {{weights: {weights}/{name}}}}}"
+
+    def of(*overrides: str):
+        named = (f"tracking.uri={store}", f"tracking.experiment={tmp_path.name}", rows, "generate.steps=2")
+        return settings(built, *named, "generate.clips=3", "generate.reference=6", "score.leakage=2", *overrides)
+
+    generate(of())
+    return of
+
+
+def test_a_row_has_the_leakage_of_its_weights_as_a_metric_and_its_curve_as_a_file(study, here, capfd):
+    config = study()
+    score(config)
+    base, again = run_of(config, "base"), run_of(config, "again")
+    assert 0 <= base.data.metrics["leakage"] <= 1
+    assert base.data.metrics["leakage"] == again.data.metrics["leakage"]  # of the same weights, before any sampling
+    assert len(list(Path(config.out, "leakage").iterdir())) == 1
+    client = MlflowClient(config.tracking.uri)
+    curve = json.loads(Path(client.download_artifacts(base.info.run_id, "leakage.json")).read_text())
+    assert curve["clips"] == 2
+    assert len(curve["t"]) == len(curve["motion"]) == 10
+    assert curve["t"] == sorted(curve["t"])
+    assert curve["leakage"] == base.data.metrics["leakage"]
+    lines = storage.read_rows(f"{base.data.tags['cil.leakage']}/parts/part-00000.jsonl")
+    assert curve["truth"] == pytest.approx(np.mean([line["truth"] for line in lines]))
+    assert curve["motion"] == pytest.approx(np.mean([line["motion"] for line in lines], axis=0))
+    assert "leakage" not in run_of(config, "real").data.metrics
+    assert base.data.params["row.M"] == "700.0"
+    assert base.data.params["steps"] == "2"
+    assert base.data.params["weights"] == again.data.params["weights"]
+    assert len(base.data.params["cache"]) == 16
+    # Captions that tell no velocity: no feature net.
+    assert "no caption of the reference clips tells a velocity" in capfd.readouterr().out
+    assert not {"speed", "frechet"} & base.data.metrics.keys()
+    assert base.data.metrics["psnr"] > 0
+
+
+def test_no_leakage_where_none_is_asked_for_or_the_cache_is_gone_and_later_it_is_added(study, capfd):
+    config = study("score.leakage=0")
+    score(config)
+    assert "leakage" not in run_of(config, "base").data.metrics
+    config = study()
+    cache = Path(config.out, "cache")
+    cache.rename(cache.with_name("away"))
+    score(config)
+    assert "leakage: not measured: the latent cache at" in capfd.readouterr().out
+    runs_of = [run for run in runs(config, "evaluate") if run.info.run_name == "base"]
+    assert all("leakage" not in run.data.metrics for run in runs_of)
+    cache.with_name("away").rename(cache)
+    score(config)
+    runs_of = [run for run in runs(config, "evaluate") if run.info.run_name == "base"]
+    assert sorted("leakage" in run.data.metrics for run in runs_of) == [False, True]
+
+
+def test_sets_from_elsewhere_stand_beside_the_studys_rows_or_instead_of_them(study, sets, capfd):
+    config = study(f"score.videos.ours={sets}/ours")
+    score(config)
+    assert {run.info.run_name for run in runs(config, "evaluate")} == {"real", "base", "again", "ours"}
+    shutil.rmtree(Path(config.out, "videos/again"))
+    shutil.rmtree(Path(config.out, "scores"))
+    score(config)
+    assert "the study has no videos of again; they are left out" in capfd.readouterr().out
+    assert not Path(config.out, "scores/again").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_networks_are_on_a_gpu_if_a_worker_has_a_share_of_one_and_never_else(told, study, tmp_path, monkeypatch):
+    """Where PyTorch says that there is one, and fails if it is asked for it."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    asked: list[tuple] = []
+    monkeypatch.setattr("pipelines.cluster.workers", lambda *gpus: asked.append(gpus))
+    elsewhere = f"out={tmp_path}/elsewhere", f"score.fvd={saved(I3D(), tmp_path / 'i3d.pt')}"
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        score(told("score.gpus=0.5", *elsewhere))
+    score(told(*elsewhere))
+    score(study())
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        score(study("score.leakage=3", "score.gpus=0.25"))  # scored already: leakage alone asks for it
+    assert asked == [(0.5, "score.gpus"), (0.25, "score.gpus")]
