@@ -442,7 +442,7 @@ class ScoreConfig(Section):
     real: Uri | None = Field(
         None,
         description="folder with a video's true clip (.mp4), its conditional image or both, under the video's name; "
-        "default: the study's true clips",
+        "default: the study's true clips, or its generate.images",
     )
     protocol: Literal["whole", "paper"] = Field(
         "whole", description="what is seen: all of all videos, or 16 frames at 3 fps of 2,048 (of 10,000 for is)"

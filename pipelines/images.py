@@ -30,6 +30,7 @@ ENDINGS = (
     *(".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2"),
     *(".ppm", ".pgm"),
 )
+TABLES = (".csv", ".parquet")
 LONGEST = 200  # of an id, as a file's name has 255 bytes at most
 OPTIONAL = ("id", "prompt", "fps", "seed")
 
@@ -51,7 +52,7 @@ class Picture:
 def read_images(uri: str) -> list[Picture]:
     """At least one. Each file is read once, as a set of videos is known by what its images hold."""
     try:
-        found = _table(uri) if _ending(uri) in (".csv", ".parquet") else _folder(uri)
+        found = _table(uri) if _ending(uri) in TABLES else _folder(uri)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         expected = "a folder of images, or a .csv or .parquet"
         raise UserError(f"{KEY}={uri}: cannot be read ({error.strerror or error}); expected is {expected}") from None

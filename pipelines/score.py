@@ -18,8 +18,8 @@ from pipelines.generate import REAL, REFERENCE
 from pipelines.leakage import FILE, measure_leakage
 from pipelines.models import refusing_weights
 from pipelines.parts import Part, chunks, make_parts
-from pipelines.scorer import FEATURES, Scorer, load_detector, seen
-from pipelines.sets import Videos, name_of, sets_of
+from pipelines.scorer import FEATURES, KNOWN, Scorer, load_detector, seen
+from pipelines.sets import Videos, sets_of
 from pipelines.summary import summarise
 from pipelines.tracking import Run, refuse_unreachable, runs
 from pipelines.video import BadVideo
@@ -96,10 +96,7 @@ def evaluation(config: Config, scores: Manifest) -> str:
 def _parts(sets: dict[str, Videos], name: str, made: Artifact) -> list[Part]:
     videos = sets[name]
     images = sets[REAL].images if REAL in sets and name != REFERENCE else {}
-    lines = [
-        {key: line[key] for key in ("file", "clip_id")} | {"image": images.get(name_of(line["file"]))}
-        for line in videos.lines
-    ]
+    lines = [{key: line[key] for key in KNOWN} | {"image": images.get(line["name"])} for line in videos.lines]
     return [
         Part(made.path("parts", f"part-{i:05d}.jsonl"), {"folder": videos.uri, "lines": lot}, len(lot))
         for i, lot in enumerate(chunks(lines, VIDEOS_PER_PART))
@@ -143,13 +140,13 @@ def _finish(made: Artifact, parts: list[Part], real: Artifact | None) -> None:
     if len(found) != sum(part.size for part in parts):
         raise AssertionError(f"{made.uri}: {sum(part.size for part in parts)} videos, {len(found)} scored or rejected")
     true = storage.read_rows(real.path("scores.jsonl")) if real else []
-    truth = {name_of(line["file"]): line["motion"] for line in true}
+    truth = {line["name"]: line["motion"] for line in true}
     problems = []
     for line in table:
-        if (motion := truth.get(name_of(line["file"]))) is not None:
+        if (motion := truth.get(line["name"])) is not None:
             line["motion_lack"] = motion - line["motion"]
         if problem := line.pop("image_problem", None):
-            problems.append({"clip_id": line["clip_id"], "file": line["file"], "reason": "image", "message": problem})
+            problems.append({key: line[key] for key in KNOWN} | {"reason": "image", "message": problem})
     storage.write_rows(made.path("scores.jsonl"), table)
     storage.write_rows(made.path("rejects.jsonl"), rejects + problems)
     made.finish({"videos": len(table), "rejects": len(rejects), "images_unread": len(problems), "parts": len(parts)})
@@ -205,7 +202,7 @@ def _settings(config: Config, scores: Manifest, videos: Videos) -> dict[str, Any
     if videos.made is None or row is None:
         return told
     made = videos.made.identity
-    told |= {key: made[key] for key in ("row", "steps", "shift", "weights", "initial_noise", "cache") if key in made}
+    told |= {key: made[key] for key in ("row", "shift", "weights", "initial_noise", "cache", "images") if key in made}
     weights = storage.join(config.out, "weights", row.weights)
     if row.weights in config.training_rows() and storage.exists(storage.join(weights, "manifest.json")):
         told["train"] = artifact.read_manifest(weights, "weights").identity["row"]

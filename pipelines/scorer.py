@@ -22,6 +22,7 @@ from pipelines.parts import Made
 from pipelines.video import BadVideo, PyAVDecoder, fit
 
 VIDEO = (".mp4",)
+KNOWN = ("clip_id", "file", "name")  # of a video, in its line
 FEATURES = ("velocity", "fvd", "classes")  # columns of a part that no table of scores has: long, and for sets only
 
 
@@ -47,7 +48,7 @@ class Scorer:
     def __call__(self, plan: dict[str, Any]) -> Made:
         lines = []
         for line in plan["lines"]:
-            known = {"clip_id": line["clip_id"], "file": line["file"]}
+            known = {key: line[key] for key in KNOWN}
             try:
                 lines.append(known | self.scores(storage.join(plan["folder"], line["file"]), line["image"]))
             except BadVideo as error:

@@ -13,8 +13,10 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 from published import write_clip
+from test_generate import picture, shaken
 from torch import Tensor, nn
 
+from cil.images import read_image
 from cil.metrics.alignment import psnr, ssim
 from cil.metrics.consistency import warp_error
 from cil.metrics.detectors import Detector
@@ -469,7 +471,7 @@ def test_a_row_has_the_leakage_of_its_weights_as_a_metric_and_its_curve_as_a_fil
     assert curve["motion"] == pytest.approx(np.mean([line["motion"] for line in lines], axis=0))
     assert "leakage" not in run_of(config, "real").data.metrics
     assert base.data.params["row.M"] == "700.0"
-    assert base.data.params["steps"] == "2"
+    assert base.data.params["row.steps"] == "2"
     assert base.data.params["weights"] == again.data.params["weights"]
     assert len(base.data.params["cache"]) == 16
     # Captions that tell no velocity: no feature net.
@@ -520,3 +522,22 @@ def test_networks_are_on_a_gpu_if_a_worker_has_a_share_of_one_and_never_else(tol
     with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
         score(study("score.leakage=3", "score.gpus=0.25"))  # scored already: leakage alone asks for it
     assert asked == [(0.5, "score.gpus"), (0.25, "score.gpus")]
+
+
+def test_videos_of_images_made_elsewhere_are_set_against_their_images(told, sets, tmp_path):
+    """By the image's name, whatever seed a video has: its folder is where they are looked for."""
+    picture(tmp_path / "images/a.png", 1)
+    picture(tmp_path / "images/inner/b.png", 2)
+    size = ("family.preset=tiny", "family.frames=4", "family.height=16", "family.width=24")
+    one = f"generate.rows.one={{weights: {shaken(tmp_path / 'weights')}, seeds: [0, 1], steps: 2}}"
+    config = told(*size, one, f"generate.images={tmp_path}/images")
+    generate(config)
+    score(config)
+    scores = table(config, "one")
+    assert scores.keys() == {f"{name}-seed{seed}.mp4" for name in ("a", "inner~b") for seed in (0, 1)}
+    family = family_of(config)
+    for file, image in (("a-seed1.mp4", "a.png"), ("inner~b-seed0.mp4", "inner/b.png")):
+        frames = decode_all(Path(config.out, "videos/one", file).read_bytes())
+        shown = read_image((tmp_path / "images" / image).read_bytes(), family.height, family.width)
+        assert scores[file]["psnr"] == pytest.approx(psnr(frames[0], shown))
+    assert not Path(config.out, "scores/real").exists()
