@@ -11,11 +11,17 @@ from pipelines.config import Config
 from pipelines.generate import REAL
 from pipelines.plots import plots
 from pipelines.study import CONFIDENCE, Arm, Study, Verdict, holm
-from pipelines.table import Cell, Column, holes, legend
+from pipelines.table import SIGNS, Cell, Column, holes, legend
 
 TEMPLATE = Path(__file__).with_name("page.html")
 ENOUGH = 10  # seeds; with fewer, a comparison is indicative
 KINDS = {"holds": "yes", "the opposite holds": "no"}
+COUNTED = {
+    "holds": "hold",
+    "the opposite holds": "hold the other way round",
+    "not shown": "not shown",
+    "not tested": "not tested",
+}
 
 
 def render(config: Config, study: Study, columns: list[Column], verdicts: list[Verdict]) -> str:
@@ -32,7 +38,8 @@ def render(config: Config, study: Study, columns: list[Column], verdicts: list[V
         missing=_missing(missing),
         clips=_clips(config, study),
         plots="\n".join(
-            f"<figure>{svg}<figcaption>{html.escape(said)}</figcaption></figure>" for said, svg in plots(config, study)
+            f"<figure>{svg}<figcaption>{html.escape(said[0].upper() + said[1:])}</figcaption></figure>"
+            for said, svg in plots(config, study)
         ),
         differences=_differences(study),
         settings=_settings(config, study),
@@ -55,13 +62,12 @@ def _summary(verdicts: list[Verdict]) -> str:
     if not verdicts:
         return "No claims were written down before these runs were measured, so none is put to the test."
     words = [v.word.partition(" (")[0] for v in verdicts]
-    said = [f"{words.count(word)} {word}" for word in dict.fromkeys(words)]
+    said = [f"{words.count(word)} {told}" for word, told in COUNTED.items() if word in words]
     tested = [v.p for v in verdicts if v.p is not None]
     shown = sum(p < 1 - CONFIDENCE for p in holm(tested, len(tested)))
     alone = sum(word in KINDS for word in words)
-    corrected = (
-        f" Of the {alone} that are shown, either way, {shown} still are with Holm's correction for {len(tested)} tests."
-    )
+    left = f"{shown} of these {alone}" if alone > 1 else f"{shown} of this one"
+    corrected = f" Tested one by one; with Holm's correction for {len(tested)} tests, {left} would be left."
     return f"{len(verdicts)} claims: {', '.join(said)}." + (corrected if alone else "")
 
 
@@ -87,8 +93,9 @@ def _table(study: Study, columns: list[Column]) -> str:
 def _cell(cell: Cell) -> str:
     value = "" if cell.estimate is None else repr(cell.estimate.mean)
     told = f' title="p {cell.p:.3g} against the best, corrected"' if cell.p is not None else ""
-    shown = f"<b>{cell}</b>" if cell.mark == "best" else str(cell)
-    return f'<td data-value="{value}"{told}>{shown}</td>'
+    shown = "-" if cell.estimate is None else str(cell.estimate)
+    kind = f' class="{cell.mark}"' if cell.mark else ""
+    return f'<td data-value="{value}"{kind}{told}>{shown}<i>{SIGNS[cell.mark]}</i></td>'
 
 
 def _missing(notes: list[str]) -> str:
@@ -144,16 +151,20 @@ def _differences(study: Study) -> str:
     arms = [arm for arm in study.arms.values() if arm.name != REAL]
     told = {arm.name: {"weights": arm.weights} | arm.parameters for arm in arms}
     names = dict.fromkeys(name for parameters in told.values() for name in parameters)
-    differing = {name: [told[arm.name].get(name) or "-" for arm in arms] for name in names}
+    differing = {name: [_given(told[arm.name].get(name)) for arm in arms] for name in names}
     differing = {name: values for name, values in differing.items() if len(set(values)) > 1}
     if not differing:
         return "<tbody><tr><td>Nothing that the runs say of themselves differs between the rows.</td></tr></tbody>"
     head = "".join(f"<th>{html.escape(arm.name)}</th>" for arm in arms)
     body = ""
     for name, values in differing.items():
-        cells = "".join(f"<td>{html.escape('-' if value == 'None' else value)}</td>" for value in values)
+        cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
         body += f"<tr><th>{html.escape(name)}</th>{cells}</tr>\n"
     return f"<thead><tr><th>parameter</th>{head}</tr></thead><tbody>{body}</tbody>"
+
+
+def _given(value: str | None) -> str:
+    return "-" if value in (None, "", "None") else str(value)
 
 
 def _settings(config: Config, study: Study) -> str:

@@ -56,7 +56,7 @@ def plots(config: Config, study: Study) -> Iterator[tuple[str, str]]:
         said = "Leakage: motion of the one-step prediction from x_t, against the truth"
         yield said, _figure(said, _plot_leakage, leaking)
     if losses := _losses(config, study):
-        said = "Training loss by diffusion time, the last point, means over seeds"
+        said = "Training loss by diffusion time: the last point, the mean of its seeds"
         yield said, _figure(said, _plot_loss, losses)
 
 
@@ -106,7 +106,10 @@ def _told(arm: Arm, parameter: str) -> str | None:
 
 
 def _lines(study: Study, parameter: str) -> dict[str, list[tuple[float, Arm]]]:
-    """Rows that differ in this parameter and in nothing else, in its order. None where no two rows do."""
+    """Rows that differ in this parameter and in nothing else, in its order; none where no two rows do.
+
+    A row that stands alone is a point beside the lines of the same weights.
+    """
     found: dict[tuple[tuple[str, str], ...], dict[float, Arm]] = {}
     for arm in study.arms.values():
         value, of_training = _told(arm, parameter), parameter.startswith("conditioning")
@@ -126,8 +129,8 @@ def _lines(study: Study, parameter: str) -> dict[str, list[tuple[float, Arm]]]:
         except ValueError:
             continue
         found.setdefault(tuple(sorted(own.items())), {})[place] = arm
-    if not any(len(points) > 1 for points in found.values()):
-        return {}
+    several = {dict(key).get("weights") for key, points in found.items() if len(points) > 1}
+    found = {key: points for key, points in found.items() if dict(key).get("weights") in several}
     keys = [dict(key) for key in found]
     differing = [name for name in sorted(set[str]().union(*keys)) if len({key.get(name) for key in keys}) > 1]
     return {
@@ -173,7 +176,7 @@ def _plot_distribution(axes: Axes, study: Study) -> None:
 def _leakage(config: Config, study: Study) -> dict[str, dict[str, list[float]]]:
     """Of each row that has such a curve, the mean over its seeds."""
     found = {}
-    for arm in study.arms.values():
+    for arm in (arm for arm in study.arms.values() if arm.name != REAL):
         read = [json.loads(data) for run in arm.runs.values() if (data := read_file(config, run, LEAKAGE))]
         curves = [curve for curve in read if curve["t"] == read[0]["t"]]
         if curves:

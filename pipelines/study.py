@@ -122,9 +122,11 @@ class Arm:
 
     @property
     def parameters(self) -> dict[str, str]:
-        """Of its runs; `row.M` is left out where there is `M`."""
+        """Of its runs; `row.M` is left out where there is `M`, and the size of a noise where there is none."""
         run = self.runs[self.first]
         own = {key: value for key, value in run.data.params.items() if key != _seed_of(run)[0]}
+        for kind in [key for key, value in own.items() if f".{key}".endswith(".conditioning.kind") and value == "none"]:
+            own = {k: v for k, v in own.items() if k == kind or not k.startswith(kind.removesuffix("kind"))}
         return {k: v for k, v in own.items() if not any(k.endswith(f".{o}") and v == own[o] for o in own)}
 
     @property
@@ -271,8 +273,8 @@ def _of_runs(config: Config) -> Study:
     reals = {yardstick: arm for (called, yardstick, *_), arm in rows.items() if called == REAL}
     for (_, yardstick, *_), arm in rows.items():
         arm.real = reals.get(yardstick)
-    if len(reals) > 1:
-        notes.append("Not all rows are measured against the same true clips: compare within a study, not across.")
+    if len({yardstick for _, yardstick, *_ in rows}) > 1:
+        notes.append("Not all rows are known to be measured against the same true clips: compare within a study.")
     ordered = sorted(rows.values(), key=lambda arm: arm not in reals.values())
     return Study(name, _named_apart(ordered), notes)
 
