@@ -28,11 +28,10 @@ def render(config: Config, study: Study, columns: list[Column], verdicts: list[V
     missing = [*study.notes, *holes(study, columns)]
     return Template(TEMPLATE.read_text()).substitute(
         title=html.escape(study.name),
-        confidence=f"{CONFIDENCE:.0%}",
         status=html.escape(_status(study)),
         note=f"<p>{html.escape(config.compare.note)}</p>" if config.compare.note else "",
         summary=html.escape(_summary(verdicts)),
-        verdicts="\n".join(map(_verdict, verdicts)),
+        verdicts=_verdicts(verdicts),
         table=_table(study, columns),
         legend=html.escape(" ".join(legend(columns))),
         missing=_missing(missing),
@@ -71,6 +70,16 @@ def _summary(verdicts: list[Verdict]) -> str:
     return f"{len(verdicts)} claims: {', '.join(said)}." + (corrected if alone else "")
 
 
+def _verdicts(verdicts: list[Verdict]) -> str:
+    if not verdicts:
+        return ""
+    rule = (
+        f"A claim holds where the {CONFIDENCE:.0%} t-interval of the differences, paired by seed, does not contain 0."
+    )
+    lines = "\n".join(map(_verdict, verdicts))
+    return f'<ul class="verdicts">\n{lines}\n</ul>\n<p class="quiet">{rule}</p>'
+
+
 def _verdict(v: Verdict) -> str:
     kind = KINDS.get(v.word, "open")
     says = f"{html.escape(v.claim.says)}: <b>{html.escape(v.word)}</b> <span>({html.escape(v.figures)})</span>"
@@ -78,7 +87,7 @@ def _verdict(v: Verdict) -> str:
 
 
 def _table(study: Study, columns: list[Column]) -> str:
-    labels = ["row", "seeds", *(column.label for column in columns)]
+    labels = ["row", "seeds", *("\u00a0".join(column.label.rsplit(" ", 1)) for column in columns)]  # no arrow alone
     head = "".join(f'<th><button type="button">{html.escape(label)}</button></th>' for label in labels)
     body = ""
     for place, arm in enumerate(study.arms.values()):
@@ -95,7 +104,7 @@ def _cell(cell: Cell) -> str:
     told = f' title="p {cell.p:.3g} against the best, corrected"' if cell.p is not None else ""
     shown = "-" if cell.estimate is None else str(cell.estimate)
     kind = f' class="{cell.mark}"' if cell.mark else ""
-    return f'<td data-value="{value}"{kind}{told}>{shown}<i>{SIGNS[cell.mark]}</i></td>'
+    return f'<td data-value="{value}"{kind}{told}>{shown}<i>{SIGNS[cell.mark].strip()}</i></td>'
 
 
 def _missing(notes: list[str]) -> str:

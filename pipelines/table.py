@@ -118,11 +118,14 @@ def holes(study: Study, columns: list[Column]) -> list[str]:
         lacking = [c.metric.label for c in columns if not arm.values(c.name)]
         if lacking:
             said.append(f"{arm.name}: its runs have no {', '.join(lacking)}.")
+        some: dict[str, list[str]] = {}
         for column in columns:
-            some = arm.values(column.name)
-            if some and (without := sorted(arm.runs.keys() - some.keys())):
-                seeds = ", ".join(map(str, without))
-                said.append(f"{arm.name}: {column.metric.label} is without seed {seeds}, whose runs lack it.")
+            there = arm.values(column.name)
+            if there and (without := sorted(arm.runs.keys() - there.keys())):
+                some.setdefault(", ".join(map(str, without)), []).append(column.metric.label)
+        said += [
+            f"{arm.name}: without seed {seeds}, whose runs lack it: {', '.join(of)}." for seeds, of in some.items()
+        ]
     return said
 
 

@@ -118,7 +118,7 @@ def test_a_figure_that_is_not_finite_is_missing():
     assert column.cells["cure"].estimate.mean == 2
     assert column.cells["naive"].estimate is None
     assert holes(of, [column]) == [
-        "cure: PSNR is without seed 1, whose runs lack it.",
+        "cure: without seed 1, whose runs lack it: PSNR.",
         "naive: its runs have no PSNR.",
     ]
 
