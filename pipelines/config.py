@@ -367,20 +367,21 @@ class ClaimConfig(Section):
     metric: Literal[
         "motion",
         "motion_error",
-        "motion_score_error",
+        "motion_off",
         "speed",
         "static_share",
         "dynamic_degree",
         "first_frame_error",
         "psnr",
         "ssim",
+        "clip_similarity",
         "warp_error",
-        "spectrum_error",
-        "temporal_spectrum_error",
+        "spectrum_space",
+        "spectrum_time",
         "leakage",
         "frechet",
         "fvd",
-        "inception_score",
+        "is",
     ]
     expected: Literal["higher", "lower"]
 
@@ -398,6 +399,11 @@ class CompareConfig(Section):
     claims: list[ClaimConfig] = Field([], description="what the page puts to the test, written before it is measured")
     clips: PositiveInt = Field(6, description="conditional images shown side by side")
     note: str = Field("", description="stands on the page: which settings were chosen, and how")
+
+    @property
+    def of_runs(self) -> bool:
+        """Whether runs are compared by themselves, not the configuration's rows."""
+        return bool(self.experiment or self.filter or self.runs)
 
 
 class TrackingConfig(Section):
@@ -579,9 +585,8 @@ def _check(config: Config) -> None:
             raise UserError(f"generate.rows.{generated.arm}.guidance: {generated.weights} was trained without drop")
     if config.compare.runs and (config.compare.experiment or config.compare.filter):
         raise UserError("compare.runs: instead of compare.experiment and compare.filter, not beside them")
-    by_themselves = config.compare.runs or config.compare.experiment or config.compare.filter
     known = ["real", *config.arms()]
-    for claim in [] if by_themselves else config.compare.claims:
+    for claim in [] if config.compare.of_runs else config.compare.claims:
         for named in (claim.row, claim.against):
             if named not in known:
                 raise UserError(f"compare.claims: {named!r} is not a row; allowed are {', '.join(known)}")

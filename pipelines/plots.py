@@ -119,7 +119,7 @@ def _lines(study: Study, parameter: str) -> dict[str, list[tuple[float, Arm]]]:
             or (of_training and _told(arm, "conditioning.kind") not in (None, "timenoise"))
         ):
             continue
-        own = {k: v for k, v in arm.parameters.items() if not f".{k}".endswith(f".{parameter}")}
+        own = {k: v for k, v in arm.parameters.items() if k != "weights" and not f".{k}".endswith(f".{parameter}")}
         if not of_training:  # what else the training differs in, its name says
             own = {k: v for k, v in own.items() if not k.startswith(("train.", "conditioning."))} | {
                 "weights": arm.weights
@@ -178,9 +178,9 @@ def _leakage(config: Config, study: Study) -> dict[str, dict[str, list[float]]]:
     found = {}
     for arm in (arm for arm in study.arms.values() if arm.name != REAL):
         read = [json.loads(data) for run in arm.runs.values() if (data := read_file(config, run, LEAKAGE))]
-        curves = [curve for curve in read if curve["t"] == read[0]["t"]]
-        if curves:
-            found[arm.name] = {key: np.mean([curve[key] for curve in curves], axis=0).tolist() for key in curves[0]}
+        curves = [[curve[key] for key in ("t", "ours", "truth")] for curve in read]
+        if same := [curve for curve in curves if curve[0] == curves[0][0]]:
+            found[arm.name] = dict(zip(("t", "ours", "truth"), np.mean(same, axis=0).tolist(), strict=True))
     return found
 
 

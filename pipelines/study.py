@@ -19,7 +19,7 @@ from pipelines.errors import UserError, shown
 from pipelines.generate import REAL
 from pipelines.score import KIND as SCORES
 from pipelines.score import evaluation
-from pipelines.tracking import run_of, runs, search
+from pipelines.tracking import refuse_unreachable, run_of, runs, search
 
 CONFIDENCE = 0.95
 EVALUATE = "evaluate"
@@ -35,21 +35,23 @@ class Metric(NamedTuple):
 METRICS = {
     "motion": Metric("motion score", "real", "px/frame"),
     "motion_error": Metric("motion error", "lower", "px/frame"),
-    "motion_score_error": Metric("motion score error", "lower", "px/frame"),
+    "motion_off": Metric("off the true clip's motion", "lower", "px/frame"),
     "speed": Metric("speed", "real", "px/frame"),
     "static_share": Metric("static share", "real"),
     "dynamic_degree": Metric("dynamic degree", "real"),
     "first_frame_error": Metric("first-frame error", "lower"),
     "psnr": Metric("PSNR", "higher", "dB"),
     "ssim": Metric("SSIM", "higher"),
+    "clip_similarity": Metric("CLIP similarity", "higher"),
     "warp_error": Metric("warp error", "lower"),
-    "spectrum_error": Metric("spectrum error", "lower"),
-    "temporal_spectrum_error": Metric("temporal spectrum error", "lower"),
+    "spectrum_space": Metric("spatial spectrum error", "lower", "dB"),
+    "spectrum_time": Metric("temporal spectrum error", "lower", "dB"),
     "leakage": Metric("leakage", "lower"),
     "frechet": Metric("Frechet distance", "lower"),
     "fvd": Metric("FVD", "lower"),
-    "inception_score": Metric("IS", "higher"),
+    "is": Metric("IS", "higher"),
 }
+OF_VIDEOS = {"dynamic_degree": "dynamic"}  # what a metric is a mean of, where its name is another one
 
 
 @dataclass(frozen=True)
@@ -115,16 +117,16 @@ class Arm:
     def clips(self, seed: int, metric: str) -> dict[str, float]:
         """By conditional image; of several videos of one their mean."""
         found: dict[str, list[float]] = {}
+        name = OF_VIDEOS.get(metric, metric)
         for scores in self.videos.get(seed, []):
-            if metric in scores:
-                found.setdefault(scores["clip_id"], []).append(scores[metric])
+            if name in scores:
+                found.setdefault(scores["clip_id"], []).append(scores[name])
         return {clip: float(np.mean(values)) for clip, values in found.items()}
 
     @property
     def parameters(self) -> dict[str, str]:
         """Of its runs; `row.M` is left out where there is `M`, and the size of a noise where there is none."""
-        run = self.runs[self.first]
-        own = {key: value for key, value in run.data.params.items() if key != _seed_of(run)[0]}
+        own = _own(self.runs[self.first])
         for kind in [key for key, value in own.items() if f".{key}".endswith(".conditioning.kind") and value == "none"]:
             own = {k: v for k, v in own.items() if k == kind or not k.startswith(kind.removesuffix("kind"))}
         return {k: v for k, v in own.items() if not any(k.endswith(f".{o}") and v == own[o] for o in own)}
@@ -207,9 +209,7 @@ def put_to_the_test(claim: ClaimConfig, arms: dict[str, Arm]) -> Verdict:
 
 
 def read_study(config: Config) -> Study:
-    wanted = config.compare
-    by_themselves = wanted.experiment or wanted.filter or wanted.runs
-    study = _of_runs(config) if by_themselves else _of_configuration(config)
+    study = _of_runs(config) if config.compare.of_runs else _of_configuration(config)
     for arm in study.arms.values():
         for seed, run in sorted(arm.runs.items()):
             arm.videos[seed] = _videos(run, study.notes)
@@ -222,6 +222,7 @@ def read_study(config: Config) -> Study:
 
 def _of_configuration(config: Config) -> Study:
     """The rows of the configuration that are scored: of each the evaluate run that its scores' manifest leads to."""
+    refuse_unreachable(config)
     found = {run.data.tags["cil.fingerprint"]: run for run in runs(config, EVALUATE)}
     rows = {REAL: (REAL, 0)} | {name: (row.arm, row.seed) for name, row in config.evaluation_rows().items()}
     study = Study(config.tracking.experiment, {}, [])
@@ -261,7 +262,7 @@ def _of_runs(config: Config) -> Study:
         row = _without_seed(run.data.tags.get("cil.row", run.info.run_name), key, seed)
         # What nobody has named a row is known by its parameters, if a seed is among them.
         called = row if "cil.row" in run.data.tags or key is None else ""
-        own = sorted(f"{k}={v}" for k, v in run.data.params.items() if k != key)
+        own = sorted(f"{k}={v}" for k, v in _own(run).items())
         arm = rows.setdefault((called, _yardstick(run), *own), Arm(row))
         if seed in arm.runs:
             older = arm.runs[seed]
@@ -304,6 +305,14 @@ def _seed_of(run: Any) -> tuple[str | None, int]:
         if re.fullmatch(r"\d{1,18}", run.data.params[key]):
             return key, int(run.data.params[key])
     return None, 0
+
+
+def _own(run: Any) -> dict[str, str]:
+    """Its parameters but for the seed, and for the fingerprint of its weights, which differs with that."""
+    key, seed = _seed_of(run)
+    own = {k: v for k, v in run.data.params.items() if k not in (key, "weights")}
+    weights = run.data.tags.get("cil.weights", run.data.params.get("weights"))
+    return own if weights is None else {"weights": _without_seed(weights, key, seed)} | own
 
 
 def _without_seed(name: str, key: str | None, seed: int) -> str:

@@ -19,6 +19,7 @@ from pipelines.generate import REAL
 from pipelines.study import CONFIDENCE, METRICS, Arm, Estimate, Metric, Study, Verdict, holm, t_test
 
 ARROWS = {"higher": "↑", "lower": "↓", "real": "→", None: ""}
+COUNTS = {"videos", "rejects"}
 SIGNS = {"best": "", "tied": " ≈", "untested": " ?", "": ""}
 
 
@@ -48,8 +49,8 @@ class Column:
 def tabulate(study: Study) -> list[Column]:
     """Known metrics first; of those that nobody here knows neither direction nor best is told."""
     there = {name for arm in study.arms.values() for run in arm.runs.values() for name in run.data.metrics}
-    ends = {f"{name}_{end}" for name in there for end in ("low", "high")}
-    others = sorted(name for name in there - ends - METRICS.keys() - {"videos"} if "/" not in name)
+    ends = {f"{name}_{end}" for name in there for end in ("low", "high", "sd")}
+    others = sorted(name for name in there - ends - METRICS.keys() - COUNTS if "/" not in name)
     names = [name for name in METRICS if name in there] + others
     return [_column(name, METRICS.get(name, Metric(name, None)), study) for name in names]
 
@@ -115,6 +116,8 @@ def holes(study: Study, columns: list[Column]) -> list[str]:
     """Which figures are missing, in words."""
     said = []
     for arm in study.arms.values():
+        if rejects := sum(arm.values("rejects").values()):
+            said.append(f"{arm.name}: {rejects:.0f} videos could not be scored.")
         lacking = [c.metric.label for c in columns if not arm.values(c.name)]
         if lacking:
             said.append(f"{arm.name}: its runs have no {', '.join(lacking)}.")

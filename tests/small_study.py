@@ -106,6 +106,7 @@ def _evaluate(config: Config, name: str, arm: str, seed: int, row, clips: int, s
         noise = trained.settings.conditioning.filled(_TimeNoise).model_dump()
         run.parameters(sampling | {"steps": 12, "conditioning": noise, "row": sampling})
         run.parameters({"train": {"seed": seed, "lr": trained.settings.lr, "conditioning": noise}})
+        run.parameters({"weights": f"weights-of-{row.weights}-ema"})
         run.tags({"weights": row.weights})
     run.tags({"row": name, "videos": videos.uri, "scores": scores.uri})
     motion = float(np.mean([line["motion"] for line in scored]))

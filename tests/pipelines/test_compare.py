@@ -14,7 +14,7 @@ from scipy.stats import ttest_rel
 
 from pipelines.compare import compare
 from pipelines.config import ClaimConfig, Config, load
-from pipelines.errors import UserError
+from pipelines.errors import Unfinished, UserError
 from pipelines.page import render
 from pipelines.plots import plots
 from pipelines.study import METRICS, Arm, Estimate, Study, holm, put_to_the_test, read_study, t_test
@@ -183,6 +183,14 @@ def test_of_motion_the_distance_from_the_real_clips_is_compared_on_whichever_sid
     assert sorted([marks(of, "motion")[name] for name in ("few", "much")]) == ["best", "tied"]
 
 
+def test_a_share_of_videos_is_compared_by_what_each_of_them_is():
+    rows = {"real": [True] * 30, "most": [True] * 29 + [False], "none": [False] * 30}
+    of = study(*(with_videos(name, values, "dynamic_degree") for name, values in rows.items()))
+    for each in of.arms.values():
+        each.videos[0] = [{"clip_id": line["clip_id"], "dynamic": line["dynamic_degree"]} for line in each.videos[0]]
+    assert marks(of, "dynamic_degree") == {"real": "", "most": "best", "none": ""}
+
+
 def test_rows_without_anything_in_common_are_not_compared_and_that_is_said():
     of = study(arm("best", 1.0, metric="fvd"), arm("other", 9.0, metric="fvd"))
     assert marks(of, "fvd") == {"best": "best", "other": "untested"}
@@ -198,10 +206,21 @@ def test_one_run_shows_the_interval_that_was_measured_with_it():
 
 
 def test_metrics_that_nobody_here_knows_stand_behind_the_others_and_have_no_best():
-    values = {"aaa": 1.0, "aaa_low": 0.5, "aaa_high": 2.0, "fvd": 3.0, "motion": 0.1, "videos": 4, "system/cpu": 9.0}
+    values = {
+        "aaa": 1.0,
+        "aaa_low": 0.5,
+        "aaa_high": 2.0,
+        "fvd": 3.0,
+        "motion": 0.1,
+        "fvd_sd": 1.0,
+        "videos": 4,
+        "rejects": 2,
+        "system/cpu": 9.0,
+    }
     of = study(Arm("one", {0: run(values)}), Arm("two", {0: run(values)}))
     assert [column.label for column in tabulate(of)] == ["motion score, px/frame →", "FVD ↓", "aaa"]
     assert set(marks(of, "aaa").values()) == {""}
+    assert holes(of, tabulate(of)) == [f"{name}: 2 videos could not be scored." for name in ("one", "two")]
 
 
 def test_every_metric_that_a_claim_may_name_is_in_the_table():
@@ -294,6 +313,19 @@ def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path):
     with pytest.raises(UserError, match="there is no such tracking store"):
         read_study(load(None, [f"out={tmp_path}", "compare.experiment=any"]))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("override", ["compare.experiment=any", "compare.runs=[a]", "compare.clips=1"])
+def test_a_tracking_server_that_nobody_runs_is_one_line(tmp_path, override):
+    with pytest.raises(Unfinished, match=r"tracking\.uri=http://127\.0\.0\.1:9: cannot be reached"):
+        read_study(load(None, [f"out={tmp_path}", "tracking.uri=http://127.0.0.1:9", override]))
+
+
+def test_claims_are_about_rows_of_the_configuration_unless_runs_are_compared_by_themselves(studied):
+    about = [{"says": "it moves", "row": "their-row", "against": "real", "metric": "fvd", "expected": "lower"}]
+    with pytest.raises(UserError, match="'their-row' is not a row"):
+        asked(studied, claims=about)
+    assert asked(studied, claims=about, experiment="theirs").compare.claims[0].row == "their-row"
 
 
 def test_ids_and_a_search_are_not_asked_for_together():

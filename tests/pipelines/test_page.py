@@ -1,6 +1,5 @@
 """The comparison's page in a real browser: what a person who opens it sees and does."""
 
-import os
 import shutil
 from collections.abc import Iterator
 
@@ -12,7 +11,7 @@ from pipelines.config import Config
 from pipelines.plots import COLOURS
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt-get install chromium")
 
 
