@@ -52,7 +52,7 @@ def plots(config: Config, study: Study) -> Iterator[tuple[str, str]]:
     if any(_motion(arm) for arm in study.arms.values()):
         said = "Distribution of the motion scores of single videos"
         yield said, _figure(said, _plot_distribution, study)
-    if leaking := _leakage(config, study):
+    if leaking := leakage_of(config, study):
         said = "Leakage: motion of the one-step prediction from x_t, against the truth"
         yield said, _figure(said, _plot_leakage, leaking)
     if losses := _losses(config, study):
@@ -173,13 +173,19 @@ def _plot_distribution(axes: Axes, study: Study) -> None:
     axes.legend()
 
 
-def _leakage(config: Config, study: Study) -> dict[str, dict[str, list[float]]]:
+def leakage_of(config: Config, study: Study) -> dict[str, dict[str, list[float]]]:
     """Of each row that has such a curve, the mean over its seeds."""
     found = {}
     for arm in (arm for arm in study.arms.values() if arm.name != REAL):
-        read = [json.loads(data) for run in arm.runs.values() if (data := read_file(config, run, LEAKAGE))]
-        curves = [[curve[key] for key in ("t", "ours", "truth")] for curve in read]
-        if same := [curve for curve in curves if curve[0] == curves[0][0]]:
+        curves = []
+        for run in arm.runs.values():
+            try:
+                read = json.loads(read_file(config, run, LEAKAGE) or b"")
+                ours = read["ours"] if "ours" in read else read["motion"]
+                curves.append(np.broadcast_arrays(read["t"], ours, read["truth"]))
+            except (ValueError, KeyError, TypeError):  # there is none, or somebody else means something else by it
+                continue
+        if same := [curve for curve in curves if np.array_equal(curve[0], curves[0][0])]:
             found[arm.name] = dict(zip(("t", "ours", "truth"), np.mean(same, axis=0).tolist(), strict=True))
     return found
 

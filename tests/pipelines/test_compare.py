@@ -16,7 +16,7 @@ from pipelines.compare import compare
 from pipelines.config import ClaimConfig, Config, load
 from pipelines.errors import Unfinished, UserError
 from pipelines.page import render
-from pipelines.plots import plots
+from pipelines.plots import leakage_of, plots
 from pipelines.study import METRICS, Arm, Estimate, Study, holm, put_to_the_test, read_study, t_test
 from pipelines.table import as_csv, holes, legend, markdown, tabulate
 from pipelines.tracking import runs, store_uri
@@ -463,6 +463,17 @@ def test_a_curve_over_M_is_a_line_for_each_start_of_the_same_weights(studied):
     for told in (">gaussian<", ">analytic<", ">700<", ">850<", ">T<", ">real clips<"):
         assert told in svg, told
     assert ">base<" not in svg  # it stands at one M alone
+
+
+def test_the_leakage_of_a_row_is_the_mean_of_its_seeds_and_another_file_of_that_name_is_left_out(own):
+    client, named = MlflowClient(store_uri(own)), ids(own)
+    of = read_study(own)
+    values = of.arms["naive"].values("motion")
+    whole = leakage_of(own, of)["naive"]
+    assert whole["truth"] == pytest.approx([0.19] * 3)
+    assert whole["ours"] == pytest.approx([0.19, 0.15, sum(values.values()) / 3 / 2])
+    client.log_dict(named["naive-11"], {"something": "else"}, "leakage.json")
+    assert leakage_of(own, of)["naive"]["ours"][2] == pytest.approx((values[12] + values[13]) / 2 / 2)
 
 
 def test_runs_without_parameters_or_files_have_fewer_plots(studied):
