@@ -335,7 +335,7 @@ def test_ids_and_a_search_are_not_asked_for_together():
 
 def test_runs_that_somebody_else_made_are_compared_by_their_parameters(own):
     client = MlflowClient(store_uri(own))
-    theirs = client.create_experiment("theirs")
+    theirs = client.create_experiment("theirs", artifact_location=f"file://{own.out}/theirs")
     for name, rate, seed in [("funny-cat", 1, 5), ("wild-ox", 1, 6), ("odd-fox", 2, 5), ("shy-owl", 2, 6)]:
         made = client.create_run(theirs, run_name=name).info.run_id
         client.log_param(made, "model.lr", rate)
@@ -430,7 +430,7 @@ def test_each_state_of_a_study_is_logged_once_with_all_three_files(own, capsys):
 
 def test_a_comparison_of_another_experiment_is_logged_there(own):
     client = MlflowClient(store_uri(own))
-    client.create_experiment("empty")
+    client.create_experiment("empty", artifact_location=f"file://{own.out}/empty")
     config = asked(own, experiment="a small study").model_copy(update={"tracking": own.tracking})
     elsewhere = config.model_copy(update={"tracking": own.tracking.model_copy(update={"experiment": "empty"})})
     compare(elsewhere)
