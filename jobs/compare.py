@@ -1,6 +1,9 @@
-"""From a study's MLflow runs to the paper's table with intervals, in the terminal and as a page with plots and clips.
+"""From MLflow runs to the paper's table with intervals, in the terminal and as a page with plots and clips.
 
-python -m jobs.compare out=outputs/try
+    python -m jobs.compare out=outputs/try                                  # the rows of this configuration
+    python -m jobs.compare out=outputs/all tracking.uri=http://mlflow:5000 compare.experiment=webvid \\
+        compare.filter="params.M = '940.0'"                                 # runs by themselves, whoever made them
+    python -m jobs.compare out=outputs/two tracking.uri=http://mlflow:5000 compare.runs=[0123abcd,4567ef01]
 """
 
 from pipelines.command import command

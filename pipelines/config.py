@@ -474,15 +474,46 @@ class ClaimConfig(Section):
     says: str
     row: str
     against: str
-    metric: Literal["motion", "motion_error", "speed", "static_share", "first_frame_error", "frechet"]
+    metric: Literal[
+        "motion",
+        "motion_error",
+        "motion_off",
+        "speed",
+        "static_share",
+        "dynamic_degree",
+        "first_frame_error",
+        "psnr",
+        "ssim",
+        "clip_similarity",
+        "warp_error",
+        "spectrum_space",
+        "spectrum_time",
+        "leakage",
+        "frechet",
+        "fvd",
+        "is",
+    ]
     expected: Literal["higher", "lower"]
 
 
 class CompareConfig(Section):
-    """jobs.compare: the table, the plots and the page."""
+    """jobs.compare: the table, the plots and the page. Of the configuration's rows, or of runs by themselves."""
 
+    experiment: str | None = Field(
+        None, description="compare the evaluate runs of this MLflow experiment, whatever configuration made them"
+    )
+    filter: str | None = Field(
+        None, description="those of them that match, in MLflow's words: params.M = '700'; default: of the study, all"
+    )
+    runs: list[str] = Field([], description="instead of these two: evaluate runs by their ids, of any experiments")
     claims: list[ClaimConfig] = Field([], description="what the page puts to the test, written before it is measured")
     clips: PositiveInt = Field(6, description="conditional images shown side by side")
+    note: str = Field("", description="stands on the page: which settings were chosen, and how")
+
+    @property
+    def of_runs(self) -> bool:
+        """Whether runs are compared by themselves, not the configuration's rows."""
+        return bool(self.experiment or self.filter or self.runs)
 
 
 class TrackingConfig(Section):
@@ -725,8 +756,10 @@ def _check(config: Config) -> None:
             raise UserError(f"generate.rows.{generated.arm}.guidance: {generated.weights} was trained without drop")
     if twice := config.evaluation_rows().keys() & config.score.videos.keys():
         raise UserError(f"score.videos.{min(twice)}: a row of the study is called {min(twice)} too; rename one")
-    known = ["real", *config.arms()]
-    for claim in config.compare.claims:
+    if config.compare.runs and (config.compare.experiment or config.compare.filter):
+        raise UserError("compare.runs: instead of compare.experiment and compare.filter, not beside them")
+    known = ["real", *config.arms(), *config.score.videos]
+    for claim in [] if config.compare.of_runs else config.compare.claims:
         for named in (claim.row, claim.against):
             if named not in known:
                 raise UserError(f"compare.claims: {named!r} is not a row; allowed are {', '.join(known)}")

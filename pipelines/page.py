@@ -1,130 +1,194 @@
-"""The comparison as one self-contained HTML page: table, verdicts, plots and clips side by side."""
+"""The comparison as one self-contained HTML page: verdicts, table, clips side by side, plots, and what differs."""
 
 import base64
 import html
-import io
-from collections.abc import Callable
+import json
 from pathlib import Path
 from string import Template
-from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
-import numpy as np
-from matplotlib.axes import Axes
-
-from pipelines import artifact, storage
+from pipelines import storage
 from pipelines.config import Config
 from pipelines.generate import REAL
-from pipelines.study import CONFIDENCE, METRICS, Arm, Verdict
-from pipelines.tracking import runs
-from pipelines.weights import KIND as WEIGHTS
+from pipelines.plots import plots
+from pipelines.study import CONFIDENCE, Arm, Study, Verdict, holm
+from pipelines.table import SIGNS, Cell, Column, holes, legend
 
 TEMPLATE = Path(__file__).with_name("page.html")
+ENOUGH = 10  # seeds; with fewer, a comparison is indicative
+KINDS = {"holds": "yes", "the opposite holds": "no"}
+COUNTED = {
+    "holds": "hold",
+    "the opposite holds": "hold the other way round",
+    "not shown": "not shown",
+    "not tested": "not tested",
+}
 
 
-def render(config: Config, arms: dict[str, Arm], verdicts: list[Verdict]) -> str:
-    seeds = max(len(arm.runs) for arm in arms.values())
+def render(config: Config, study: Study, columns: list[Column], verdicts: list[Verdict]) -> str:
+    missing = [*study.notes, *holes(study, columns)]
     return Template(TEMPLATE.read_text()).substitute(
-        title=html.escape(config.tracking.experiment),
-        seeds=f"{seeds} seed{'s' if seeds > 1 else ''}",
-        confidence=f"{CONFIDENCE:.0%}",
-        static=config.score.static_below,
-        table=_table(arms),
-        verdicts="\n".join(_verdict(v) for v in verdicts) or "<li>No claims were configured.</li>",
-        motion=_figure(_plot_rows, arms, "motion"),
-        frechet=_figure(_plot_rows, arms, "frechet"),
-        distribution=_figure(_plot_distribution, arms),
-        loss=_figure(_plot_loss, config),
-        clips=_clips(config, arms),
-        settings=html.escape(config.model_dump_json(indent=1)),
+        title=html.escape(study.name),
+        status=html.escape(_status(study)),
+        note=f"<p>{html.escape(config.compare.note)}</p>" if config.compare.note else "",
+        summary=html.escape(_summary(verdicts)),
+        verdicts=_verdicts(verdicts),
+        table=_table(study, columns),
+        legend=html.escape(" ".join(legend(columns))),
+        missing=_missing(missing),
+        clips=_clips(config, study),
+        plots="\n".join(
+            f"<figure>{svg}<figcaption>{html.escape(said[0].upper() + said[1:])}</figcaption></figure>"
+            for said, svg in plots(config, study)
+        ),
+        differences=_differences(study),
+        settings=_settings(config, study),
     )
 
 
-def _table(arms: dict[str, Arm]) -> str:
-    head = "".join(f"<th>{html.escape(label)}</th>" for label in METRICS.values())
-    body = ""
-    for arm in arms.values():
-        cells = "".join(f"<td>{arm.estimate(m) or '-'}</td>" for m in METRICS)
-        body += f"<tr><th>{html.escape(arm.name)}</th><td>{len(arm.runs)}</td>{cells}</tr>\n"
-    return f"<thead><tr><th>row</th><th>seeds</th>{head}</tr></thead><tbody>{body}</tbody>"
+def _status(study: Study) -> str:
+    seeds = max(len(arm.runs) for arm in study.arms.values())
+    counted = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    if seeds >= ENOUGH:
+        return f"{len(study.arms)} rows, of up to {counted}."
+    return (
+        f"Indicative: {counted} of each row at the most. With fewer than {ENOUGH}, how other seeds would come out "
+        "is known poorly, and a difference that is not shown may still be there."
+    )
+
+
+def _summary(verdicts: list[Verdict]) -> str:
+    """The verdicts in a sentence, and what is left of them when their number is allowed for."""
+    if not verdicts:
+        return "No claims were written down before these runs were measured, so none is put to the test."
+    words = [v.word.partition(" (")[0] for v in verdicts]
+    said = [f"{words.count(word)} {told}" for word, told in COUNTED.items() if word in words]
+    tested = [v.p for v in verdicts if v.p is not None]
+    shown = sum(p < 1 - CONFIDENCE for p in holm(tested, len(tested)))
+    alone = sum(word in KINDS for word in words)
+    left = f"{shown} of these {alone}" if alone > 1 else f"{shown} of this one"
+    corrected = f" Tested one by one; with Holm's correction for {len(tested)} tests, {left} would be left."
+    return f"{len(verdicts)} claims: {', '.join(said)}." + (corrected if alone else "")
+
+
+def _verdicts(verdicts: list[Verdict]) -> str:
+    if not verdicts:
+        return ""
+    rule = (
+        f"A claim holds where the {CONFIDENCE:.0%} t-interval of the differences, paired by seed, does not contain 0."
+    )
+    lines = "\n".join(map(_verdict, verdicts))
+    return f'<ul class="verdicts">\n{lines}\n</ul>\n<p class="quiet">{rule}</p>'
 
 
 def _verdict(v: Verdict) -> str:
-    return f"<li>{html.escape(v.claim.says)}: <b>{v.word}</b> <span>({html.escape(v.figures)})</span></li>"
+    kind = KINDS.get(v.word, "open")
+    says = f"{html.escape(v.claim.says)}: <b>{html.escape(v.word)}</b> <span>({html.escape(v.figures)})</span>"
+    return f'<li class="{kind}">{says}</li>'
 
 
-def _figure(draw: Callable[..., None], *arguments: Any) -> str:
-    matplotlib.use("svg")
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "cil", "font.size": 9}):
-        figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
-        draw(axes, *arguments)
-        target = io.StringIO()
-        figure.savefig(target, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    return target.getvalue()[target.getvalue().index("<svg") :]
+def _table(study: Study, columns: list[Column]) -> str:
+    labels = ["row", "seeds", *("\u00a0".join(column.label.rsplit(" ", 1)) for column in columns)]  # no arrow alone
+    head = "".join(f'<th><button type="button">{html.escape(label)}</button></th>' for label in labels)
+    body = ""
+    for place, arm in enumerate(study.arms.values()):
+        cells = "".join(_cell(column.cells[arm.name]) for column in columns)
+        kind = ' class="real"' if arm.name == REAL else ""
+        seeds = len(arm.runs)
+        name = html.escape(arm.name)
+        body += f'<tr{kind}><th data-value="{place}">{name}</th><td data-value="{seeds}">{seeds}</td>{cells}</tr>\n'
+    return f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
 
 
-def _plot_rows(axes: Axes, arms: dict[str, Arm], metric: str) -> None:
-    """Every seed a dot, the mean with its interval, and the real clips as a line."""
-    shown = [arm for arm in arms.values() if arm.name != REAL]
-    for place, arm in enumerate(shown):
-        values, estimate = list(arm.values(metric).values()), arm.estimate(metric)
-        if estimate is None:
-            continue
-        axes.plot(values, [place] * len(values), "o", color="0.6", markersize=4)
-        axes.errorbar(estimate.mean, place, xerr=estimate.half or 0, fmt="D", color="C0", markersize=5, capsize=3)
-    if REAL in arms and (real := arms[REAL].estimate(metric)):
-        axes.axvline(real.mean, color="C2", linestyle="--", label="real clips")
-        axes.legend()
-    axes.set_yticks(range(len(shown)), [arm.name for arm in shown])
-    axes.invert_yaxis()
-    axes.set_xlabel(METRICS[metric])
+def _cell(cell: Cell) -> str:
+    value = "" if cell.estimate is None else repr(cell.estimate.mean)
+    told = f' title="p {cell.p:.3g} against the best, corrected"' if cell.p is not None else ""
+    shown = "-" if cell.estimate is None else str(cell.estimate)
+    kind = f' class="{cell.mark}"' if cell.mark else ""
+    return f'<td data-value="{value}"{kind}{told}>{shown}<i>{SIGNS[cell.mark].strip()}</i></td>'
 
 
-def _plot_distribution(axes: Axes, arms: dict[str, Arm]) -> None:
-    for arm in arms.values():
-        motion = np.sort([row["motion"] for seed in arm.runs for row in arm.table(seed)])
-        style: dict[str, Any] = {"color": "black", "linewidth": 2} if arm.name == REAL else {}
-        axes.plot(motion, (np.arange(len(motion)) + 1) / len(motion), label=arm.name, **style)
-    axes.set_xlabel("motion score of a video")
-    axes.set_ylabel("share of videos below")
-    axes.legend(fontsize=7)
+def _missing(notes: list[str]) -> str:
+    if not notes:
+        return ""
+    lines = "\n".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    return f'<details class="missing" open><summary>What is missing ({len(notes)})</summary><ul>{lines}</ul></details>'
 
 
-def _plot_loss(axes: Axes, config: Config) -> None:
-    """The last loss in each bucket of t, of the training rows: the mean over seeds."""
-    rows = config.training_rows()
-    fine_tuned = {name: row for name, row in rows.items() if row.settings.weights} or rows
-    found = {run.data.tags["cil.fingerprint"]: run for run in runs(config, "train")}
-    curves: dict[str, list[list[float]]] = {}
-    for name, row in fine_tuned.items():
-        weights = storage.join(config.out, "weights", name)
-        known_by = artifact.read_manifest(weights, WEIGHTS).fingerprint
-        if known_by in found:
-            metrics = found[known_by].data.metrics
-            curves.setdefault(row.arm, []).append([metrics[key] for key in sorted(metrics) if key.startswith("loss_t")])
-    for arm, values in sorted(curves.items()):
-        if len({len(v) for v in values}) == 1:
-            axes.plot(np.linspace(0, 1, len(values[0])), np.mean(values, axis=0), marker=".", label=arm)
-    axes.set_xlabel("diffusion time t")
-    axes.set_ylabel("training loss")
-    axes.legend(fontsize=7)
+def _clips(config: Config, study: Study) -> str:
+    """The same conditional images in every row, the real clips first; of each row the seed that most have."""
+    seeds = [seed for arm in study.arms.values() for seed in arm.runs]
+    common = max(sorted(set(seeds)), key=seeds.count)
+    arms = sorted(study.arms.values(), key=lambda arm: arm.name != REAL)
+    made = {arm.name: _index(arm, common if common in arm.runs else arm.first) for arm in arms}
+    there = [clips for clips in made.values() if clips]
+    if not there:
+        return "<tbody><tr><td>None of these runs names videos that can be read from here.</td></tr></tbody>"
+    everywhere = [clip for clip in reversed(there[0]) if all(clip in clips for clips in there)]
+    chosen = (everywhere or [*reversed(there[0])])[: config.compare.clips]
+    prompts = [next((clips[clip][1] for clips in there if clip in clips), "") for clip in chosen]
+    head = "".join(f'<th class="prompt">{html.escape(prompt)}</th>' for prompt in prompts)
+    lines = f"<thead><tr><th></th>{head}</tr></thead><tbody>\n"
+    for name, clips in made.items():
+        cells = "".join(f"<td>{_video(clips[clip][0]) if clip in clips else '-'}</td>" for clip in chosen)
+        lines += f"<tr><th>{html.escape(name)}</th>{cells}</tr>\n"
+    return f"{lines}</tbody>"
 
 
-def _clips(config: Config, arms: dict[str, Arm]) -> str:
-    """The same conditional images in every row; each row's first seed."""
-    chosen = [row["clip_id"] for row in arms[REAL].table(0)][: config.compare.clips] if REAL in arms else []
-    lines = ""
-    for arm in arms.values():
-        folder = arm.runs[min(arm.runs)].data.tags["cil.videos"]
-        cells = "".join(f"<td>{_video(storage.join(folder, clip.replace(':', '_') + '.mp4'))}</td>" for clip in chosen)
-        lines += f"<tr><th>{html.escape(arm.name)}</th>{cells}</tr>\n"
-    return lines
+def _index(arm: Arm, seed: int) -> dict[str, tuple[str, str]]:
+    """By clip: where its video is, and its prompt."""
+    folder = arm.runs[seed].data.tags.get("cil.videos", "")
+    try:
+        lines = storage.read_rows(storage.join(folder, "index.jsonl"))
+        return {  # of several videos of an image the first
+            line["clip_id"]: (storage.join(folder, line["file"]), str(line.get("caption") or ""))
+            for line in reversed(lines)
+        }
+    except (OSError, ValueError, ImportError, KeyError, TypeError):  # somebody else's, or elsewhere
+        return {}
 
 
 def _video(uri: str) -> str:
-    if not storage.exists(uri):
-        return "no video"
-    data = base64.b64encode(storage.read(uri)).decode()
-    return f'<video src="data:video/mp4;base64,{data}" autoplay loop muted playsinline></video>'
+    try:
+        data = base64.b64encode(storage.read(uri)).decode()
+    except (OSError, ValueError, ImportError):
+        return "-"
+    return f'<video src="data:video/mp4;base64,{data}" loop muted playsinline></video>'
+
+
+def _differences(study: Study) -> str:
+    """Parameter x row, of what is not the same everywhere."""
+    arms = [arm for arm in study.arms.values() if arm.name != REAL]
+    told = {arm.name: {"weights": arm.weights} | arm.parameters for arm in arms}
+    names = dict.fromkeys(name for parameters in told.values() for name in parameters)
+    differing = {name: [_given(told[arm.name].get(name)) for arm in arms] for name in names}
+    differing = {name: values for name, values in differing.items() if len(set(values)) > 1}
+    if not differing:
+        return "<tbody><tr><td>Nothing that the runs say of themselves differs between the rows.</td></tr></tbody>"
+    head = "".join(f"<th>{html.escape(arm.name)}</th>" for arm in arms)
+    body = ""
+    for name, values in differing.items():
+        cells = "".join(f"<td>{html.escape(value)}</td>" for value in values)
+        body += f"<tr><th>{html.escape(name)}</th>{cells}</tr>\n"
+    return f"<thead><tr><th>parameter</th>{head}</tr></thead><tbody>{body}</tbody>"
+
+
+def _given(value: str | None) -> str:
+    return "-" if value in (None, "", "None") else str(value)
+
+
+def _settings(config: Config, study: Study) -> str:
+    """The configurations that the scores were made with, as they stand beside them; each once."""
+    found: dict[str, list[str]] = {}
+    for arm in study.arms.values():
+        for run in arm.runs.values():
+            try:
+                text = storage.read(storage.join(run.data.tags["cil.scores"], "config.json")).decode()
+                found.setdefault(json.dumps(json.loads(text), indent=1), []).append(arm.name)
+            except (OSError, ValueError, ImportError, KeyError):
+                continue
+    found.setdefault(config.model_dump_json(indent=1), []).append("this comparison")
+    return "\n".join(
+        f"<details><summary>The whole configuration of {html.escape(', '.join(dict.fromkeys(names)))}</summary>"
+        f'<pre tabindex="0">{html.escape(text)}</pre></details>'
+        for text, names in found.items()
+    )

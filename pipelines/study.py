@@ -1,46 +1,87 @@
-"""What the evaluate runs of a study say: rows with their seeds, estimates with intervals, and verdicts on claims."""
+"""What evaluate runs say: rows with their seeds, estimates with intervals, and verdicts on claims.
 
+By default the runs are those of the configuration's rows. With `compare.experiment`, `compare.filter` or `compare.runs`
+they come from MLflow by themselves, whoever made them, and form rows by what they say of themselves.
+"""
+
+import json
+import math
+import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy.stats import t
 
 from pipelines import artifact, storage
 from pipelines.config import ClaimConfig, Config
-from pipelines.errors import UserError
+from pipelines.errors import UserError, shown
 from pipelines.generate import REAL
 from pipelines.score import KIND as SCORES
 from pipelines.score import evaluation
-from pipelines.tracking import runs
+from pipelines.tracking import refuse_unreachable, run_of, runs, search
 
 CONFIDENCE = 0.95
+EVALUATE = "evaluate"
+
+
+class Metric(NamedTuple):
+    label: str
+    better: Literal["higher", "lower", "real"] | None  # real: the nearer to the real row's
+    unit: str = ""
+
+
+# More motion than the data's is no gain, so what counts for motion is how near it is to that of the real clips.
 METRICS = {
-    "motion": "motion score",
-    "motion_error": "motion error",
-    "speed": "speed px/frame",
-    "static_share": "static share",
-    "first_frame_error": "first-frame error",
-    "frechet": "Frechet distance",
+    "motion": Metric("motion score", "real", "px/frame"),
+    "motion_error": Metric("motion error", "lower", "px/frame"),
+    "motion_off": Metric("off the true clip's motion", "lower", "px/frame"),
+    "speed": Metric("speed", "real", "px/frame"),
+    "static_share": Metric("static share", "real"),
+    "dynamic_degree": Metric("dynamic degree", "real"),
+    "first_frame_error": Metric("first-frame error", "lower"),
+    "psnr": Metric("PSNR", "higher", "dB"),
+    "ssim": Metric("SSIM", "higher"),
+    "clip_similarity": Metric("CLIP similarity", "higher"),
+    "warp_error": Metric("warp error", "lower"),
+    "spectrum_space": Metric("spatial spectrum error", "lower", "dB"),
+    "spectrum_time": Metric("temporal spectrum error", "lower", "dB"),
+    "leakage": Metric("leakage", "lower"),
+    "frechet": Metric("Frechet distance", "lower"),
+    "fvd": Metric("FVD", "lower"),
+    "is": Metric("IS", "higher"),
 }
+OF_VIDEOS = {"dynamic_degree": "dynamic"}  # what a metric is a mean of, where its name is another one
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, and half the width of its t-interval (None for a single seed)."""
+    """A mean over seeds with its t-interval; of a single run the interval that was measured with it, if any."""
 
     mean: float
-    half: float | None
+    low: float | None
+    high: float | None
     seeds: int
 
     @classmethod
     def of(cls, values: list[float]) -> "Estimate":
-        n = len(values)
+        n, mean = len(values), float(np.mean(values))
         half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else None
-        return cls(float(np.mean(values)), half, n)
+        return cls(mean, None, None, n) if half is None else cls(mean, mean - half, mean + half, n)
+
+    @property
+    def half(self) -> float | None:
+        return None if self.low is None or self.high is None else (self.high - self.low) / 2
 
     def __format__(self, sign: str) -> str:
-        return f"{self.mean:{sign}.3f}" + (f" ± {self.half:.3f}" if self.half is not None else "")
+        size = abs(self.mean)
+        places = 1 if size >= 100 else 2 if size >= 10 else 3 if size >= 0.01 or size == 0 else 5
+        said = f"{self.mean:{sign}.{places}f}"
+        if self.low is None or self.high is None:
+            return said
+        if self.seeds > 1:
+            return f"{said} ± {self.half:.{places}f}"
+        return f"{said} [{self.low:.{places}f}, {self.high:.{places}f}]"
 
     def __str__(self) -> str:
         return format(self)
@@ -52,17 +93,56 @@ class Arm:
 
     name: str
     runs: dict[int, Any] = field(default_factory=dict)  # seed -> MLflow run
+    videos: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # seed -> the scores of its videos
+    real: "Arm | None" = None  # the true clips that it is measured against
+
+    @property
+    def first(self) -> int:
+        return min(self.runs)
 
     def values(self, metric: str) -> dict[int, float]:
-        return {seed: run.data.metrics[metric] for seed, run in sorted(self.runs.items()) if metric in run.data.metrics}
+        """One for each seed. NaN and infinity are figures that are missing."""
+        found = {seed: run.data.metrics.get(metric, math.nan) for seed, run in sorted(self.runs.items())}
+        return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
     def estimate(self, metric: str) -> Estimate | None:
-        values = list(self.values(metric).values())
-        return Estimate.of(values) if values else None
+        values = self.values(metric)
+        if len(values) != 1:
+            return Estimate.of(list(values.values())) if values else None
+        ((seed, value),) = values.items()
+        own = [self.runs[seed].data.metrics.get(f"{metric}_{end}") for end in ("low", "high")]
+        low, high = own if all(end is not None and math.isfinite(end) for end in own) else (None, None)
+        return Estimate(value, low, high, 1)
 
-    def table(self, seed: int) -> list[dict[str, Any]]:
-        """The scores of every video."""
-        return storage.read_rows(storage.join(self.runs[seed].data.tags["cil.scores"], "scores.jsonl"))
+    def clips(self, seed: int, metric: str) -> dict[str, float]:
+        """By conditional image; of several videos of one their mean."""
+        found: dict[str, list[float]] = {}
+        name = OF_VIDEOS.get(metric, metric)
+        for scores in self.videos.get(seed, []):
+            if name in scores:
+                found.setdefault(scores["clip_id"], []).append(scores[name])
+        return {clip: float(np.mean(values)) for clip, values in found.items()}
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """Of its runs; `row.M` is left out where there is `M`, and the size of a noise where there is none."""
+        own = _own(self.runs[self.first])
+        for kind in [key for key, value in own.items() if f".{key}".endswith(".conditioning.kind") and value == "none"]:
+            own = {k: v for k, v in own.items() if k == kind or not k.startswith(kind.removesuffix("kind"))}
+        return {k: v for k, v in own.items() if not any(k.endswith(f".{o}") and v == own[o] for o in own)}
+
+    @property
+    def weights(self) -> str:
+        """The row of the training that its weights come from, or their URI."""
+        run = self.runs[self.first]
+        return _without_seed(run.data.tags.get("cil.weights", ""), *_seed_of(run))
+
+
+@dataclass
+class Study:
+    name: str
+    arms: dict[str, Arm]
+    notes: list[str]  # what is missing, in words
 
 
 @dataclass(frozen=True)
@@ -81,31 +161,185 @@ class Verdict:
         return "holds" if self._sign * d.mean > 0 else "the opposite holds"
 
     @property
+    def p(self) -> float | None:
+        """Of the same t-test."""
+        return t_test(self.differences) if len(self.differences) > 1 else None
+
+    @property
     def figures(self) -> str:
         if not self.differences:
             return "no figures"
         agree = sum(self._sign * d > 0 for d in self.differences)
         difference = Estimate.of(self.differences)
-        return f"{METRICS[self.claim.metric]} {difference:+}, {agree} of {len(self.differences)} seeds"
+        label, seeds = METRICS[self.claim.metric].label, f"{agree} of {len(self.differences)} seeds"
+        return f"{label} {difference:+}, {seeds}" + (f", p {_written(self.p)}" if self.p is not None else "")
 
     @property
     def _sign(self) -> int:
         return 1 if self.claim.expected == "higher" else -1
 
 
-def read_arms(config: Config) -> dict[str, Arm]:
+def _written(p: float) -> str:
+    return "below 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
+
+
+def t_test(differences: list[float]) -> float:
+    """p of a mean of paired differences as far from 0 as theirs."""
+    mean, spread = float(np.mean(differences)), float(np.std(differences, ddof=1))
+    if spread == 0:
+        return 0.0 if mean else 1.0
+    return float(2 * t.sf(abs(mean) / spread * len(differences) ** 0.5, len(differences) - 1))
+
+
+def holm(values: list[float], tests: int) -> list[float]:
+    """p-values corrected for the number of tests, of which only these are told: the others as if they found nothing."""
+    adjusted, highest = [0.0] * len(values), 0.0
+    for rank, place in enumerate(np.argsort(values, kind="stable")):
+        highest = max(highest, min(1.0, (tests - rank) * values[place]))
+        adjusted[place] = highest
+    return adjusted
+
+
+def put_to_the_test(claim: ClaimConfig, arms: dict[str, Arm]) -> Verdict:
+    ours, theirs = (arms[name].values(claim.metric) if name in arms else {} for name in (claim.row, claim.against))
+    if claim.against == REAL and theirs:  # the same for every seed
+        theirs = dict.fromkeys(ours, next(iter(theirs.values())))
+    seeds = sorted(ours.keys() & theirs.keys())
+    return Verdict(claim, [ours[s] - theirs[s] for s in seeds])
+
+
+def read_study(config: Config) -> Study:
+    study = _of_runs(config) if config.compare.of_runs else _of_configuration(config)
+    for arm in study.arms.values():
+        for seed, run in sorted(arm.runs.items()):
+            arm.videos[seed] = _videos(run, study.notes)
+    if len(study.arms) == 1:
+        study.notes.append(f"There is one row, {min(study.arms)}: nothing to compare it with.")
+    for note in study.notes:
+        print(f"comparison: {shown(note)}")
+    return study
+
+
+def _of_configuration(config: Config) -> Study:
     """The rows of the configuration that are scored: of each the evaluate run that its scores' manifest leads to."""
-    found = {run.data.tags["cil.fingerprint"]: run for run in runs(config, "evaluate")}
+    refuse_unreachable(config)
+    found = {run.data.tags["cil.fingerprint"]: run for run in runs(config, EVALUATE)}
     rows = {REAL: (REAL, 0)} | {name: (row.arm, row.seed) for name, row in config.evaluation_rows().items()}
-    arms: dict[str, Arm] = {}
+    rows |= {name: (name, 0) for name in config.score.videos}
+    study = Study(config.tracking.experiment, {}, [])
     for name, (arm, seed) in rows.items():
         folder = storage.join(config.out, "scores", name)
         if storage.exists(storage.join(folder, "manifest.json")):
             known_by = evaluation(config, artifact.read_manifest(folder, SCORES))
             if known_by in found:
-                arms.setdefault(arm, Arm(arm)).runs[seed] = found[known_by]
+                study.arms.setdefault(arm, Arm(arm)).runs[seed] = found[known_by]
                 continue
-        print(f"comparison: row {name} has no scores in the study {config.tracking.experiment}; it is left out")
-    if len(arms) < 2:
-        raise UserError(f"the study {config.tracking.experiment} has {len(arms)} scored rows: run jobs.score first")
-    return arms
+        study.notes.append(f"{name}: has no scores in the study {study.name}; it is left out.")
+    if not study.arms:
+        raise UserError(f"the study {study.name} has no scored rows: run jobs.score first")
+    for each in study.arms.values():
+        each.real = study.arms.get(REAL)
+    return study
+
+
+def _of_runs(config: Config) -> Study:
+    """A row is what differs in its seed only, and is measured against the same true clips."""
+    wanted, notes = config.compare, list[str]()
+    if wanted.runs:
+        name = config.tracking.experiment
+        found = [run for run in (run_of(config, known_by, notes) for known_by in wanted.runs) if run]
+    else:
+        name = wanted.experiment or config.tracking.experiment
+        found = search(config, name, wanted.filter or "")
+    rows: dict[tuple[str, ...], Arm] = {}
+    for run in sorted(found, key=lambda r: (r.info.start_time, r.info.run_id)):
+        stage, told = run.data.tags.get("cil.stage", EVALUATE), f"{run.info.run_name} ({run.info.run_id})"
+        if stage != EVALUATE or not run.data.metrics:
+            if wanted.runs or stage == EVALUATE:
+                why = f"is a run of the stage {stage}" if stage != EVALUATE else "has no metrics"
+                notes.append(f"{told} {why}; it is left out.")
+            continue
+        key, seed = _seed_of(run)
+        row = _without_seed(run.data.tags.get("cil.row", run.info.run_name), key, seed)
+        # What nobody has named a row is known by its parameters, if a seed is among them.
+        called = row if "cil.row" in run.data.tags or key is None else ""
+        own = sorted(f"{k}={v}" for k, v in _own(run).items())
+        arm = rows.setdefault((called, _yardstick(run), *own), Arm(row))
+        if seed in arm.runs:
+            older = arm.runs[seed]
+            notes.append(f"{told} says the same of itself as {older.info.run_id}; the newer one is taken.")
+        arm.runs[seed] = run
+    if not rows:
+        asked = ", ".join(f"compare.{k}={v}" for k, v in wanted.model_dump(include=set(FROM_RUNS)).items() if v)
+        raise UserError(f"{asked}: no evaluate run with metrics is there; run jobs.score, or widen what is asked for")
+    reals = {yardstick: arm for (called, yardstick, *_), arm in rows.items() if called == REAL}
+    for (_, yardstick, *_), arm in rows.items():
+        arm.real = reals.get(yardstick)
+    if len({yardstick for _, yardstick, *_ in rows}) > 1:
+        notes.append("Not all rows are known to be measured against the same true clips: compare within a study.")
+    ordered = sorted(rows.values(), key=lambda arm: arm not in reals.values())
+    return Study(name, _named_apart(ordered), notes)
+
+
+FROM_RUNS = ("experiment", "filter", "runs")
+
+
+def _named_apart(arms: list[Arm]) -> dict[str, Arm]:
+    """Those of one name say what differs between them."""
+    named: dict[str, Arm] = {}
+    for arm in arms:
+        twins = [a.parameters for a in arms if a.name == arm.name]
+        differing = {k: v for k, v in arm.parameters.items() if len({twin.get(k) for twin in twins}) > 1}
+        told = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in differing.items())
+        name = f"{arm.name} ({told})" if told else arm.name
+        same = sum(other == name or other.startswith(f"{name} #") for other in named)
+        named[f"{name} #{same + 1}" if same else name] = arm
+    for name, arm in named.items():
+        arm.name = name
+    return named
+
+
+def _seed_of(run: Any) -> tuple[str | None, int]:
+    """The parameter that is its seed, and the seed: of the training, or where that says none the sampling's."""
+    keys = sorted((k for k in run.data.params if k.rpartition(".")[2] == "seed"), key=lambda k: (k != "train.seed", k))
+    for key in keys:
+        if re.fullmatch(r"\d{1,18}", run.data.params[key]):
+            return key, int(run.data.params[key])
+    return None, 0
+
+
+def _own(run: Any) -> dict[str, str]:
+    """Its parameters but for the seed, and for the fingerprint of its weights, which differs with that."""
+    key, seed = _seed_of(run)
+    own = {k: v for k, v in run.data.params.items() if k not in (key, "weights")}
+    weights = run.data.tags.get("cil.weights", run.data.params.get("weights"))
+    return own if weights is None else {"weights": _without_seed(weights, key, seed)} | own
+
+
+def _without_seed(name: str, key: str | None, seed: int) -> str:
+    return name if key is None else re.sub(rf".(-|[-_ ]seed[-_= ]?){seed}$", lambda found: found[0][0], name)
+
+
+def _yardstick(run: Any) -> str:
+    """What stands for the true clips that its scores are measured against."""
+    try:
+        manifest = json.loads(storage.read(storage.join(run.data.tags["cil.scores"], "manifest.json")))
+        return str(manifest["identity"]["real"])
+    except (OSError, ValueError, ImportError, KeyError, TypeError):  # it is not ours, or is not here
+        return str(run.info.experiment_id)
+
+
+def _videos(run: Any, notes: list[str]) -> list[dict[str, Any]]:
+    """The scores of every video, where they can be read."""
+    lacks = "it has no distribution, and is not compared video by video"
+    folder = run.data.tags.get("cil.scores")
+    if folder is None:
+        notes.append(f"{run.info.run_name}: names no scores of single videos; {lacks}.")
+        return []
+    try:
+        lines = storage.read_rows(storage.join(folder, "scores.jsonl"))
+        kept = [{k: v for k, v in line.items() if isinstance(v, int | float)} for line in lines]  # not its features
+        return [scores | {"clip_id": line["clip_id"]} for scores, line in zip(kept, lines, strict=True)]
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        notes.append(f"{run.info.run_name}: {folder}/scores.jsonl cannot be read ({type(error).__name__}); {lacks}.")
+        return []

@@ -223,20 +223,27 @@ def _one_line(error: Exception) -> str:
 
 def refuse_unreachable(config: Config) -> None:
     """In seconds, where MLflow's own client tries for minutes."""
-    parts = urlsplit(store_uri(config))
-    if parts.scheme in ("http", "https"):
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        try:
-            socket.create_connection((parts.hostname or "", port), timeout=5).close()
-        except OSError as error:
-            raise Unfinished(f"tracking.uri={config.tracking.uri}: cannot be reached ({error})") from None
+    if _refuse_silent(config):
         from mlflow.exceptions import MlflowException
 
-        _be_brief()
         try:
             open_study(config)
         except MlflowException as error:
             raise UserError(f"tracking.uri={config.tracking.uri}: {_one_line(error)}") from None
+
+
+def _refuse_silent(config: Config) -> bool:
+    """Whether it is a server; one that nobody runs is refused."""
+    parts = urlsplit(store_uri(config))
+    if parts.scheme not in ("http", "https"):
+        return False
+    _be_brief()
+    try:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except OSError as error:
+        raise Unfinished(f"tracking.uri={config.tracking.uri}: cannot be reached ({error})") from None
+    return True
 
 
 def open_study(config: Config) -> tuple[Any, str]:
@@ -265,6 +272,60 @@ def runs(config: Config, stage: str) -> list[Any]:
     """The study's runs of this stage, newest first."""
     client, experiment = open_study(config)
     return list(client.search_runs([experiment], f"tags.`cil.stage` = '{stage}'", max_results=5000))
+
+
+def search(config: Config, experiment: str, matching: str) -> list[Any]:
+    """The runs of an experiment, whoever made them, that match a filter as MLflow writes them."""
+    from mlflow.exceptions import MlflowException
+
+    client = _existing(config)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        there = ", ".join(sorted(e.name for e in client.search_experiments())[:8])
+        raise UserError(f"compare.experiment={experiment}: {store_uri(config)} has no such experiment, but {there}")
+    try:
+        return list(client.search_runs([found.experiment_id], matching, max_results=5000))
+    except MlflowException as error:
+        raise UserError(f"compare.filter={matching}: {_one_line(error)}") from None
+
+
+def run_of(config: Config, known_by: str, notes: list[str]) -> Any | None:
+    """A run by its id, in any experiment."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _existing(config).get_run(known_by)
+    except MlflowException:
+        notes.append(f"{known_by}: {store_uri(config)} has no such run; it is left out.")
+        return None
+
+
+def beside(config: Config, found: list[Any], stage: str) -> list[Any]:
+    """The runs of this stage in the experiments that these are in."""
+    experiments = sorted({run.info.experiment_id for run in found})
+    return list(_existing(config).search_runs(experiments, f"tags.`cil.stage` = '{stage}'", max_results=5000))
+
+
+def read_file(config: Config, run: Any, name: str) -> bytes | None:
+    """Of a run's artifacts; None where there is none of that name, or no way to them from here."""
+    client = _existing(config)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    with contextlib.suppress(Exception), tempfile.TemporaryDirectory() as folder:  # whoever keeps them, in their words
+        if any(file.path == name for file in client.list_artifacts(run.info.run_id)):
+            return Path(client.download_artifacts(run.info.run_id, name, folder)).read_bytes()
+    return None
+
+
+def _existing(config: Config) -> Any:
+    """A client of a store that is not made by being looked at."""
+    from mlflow import MlflowClient
+
+    uri = store_uri(config)
+    file = uri.removeprefix("sqlite:///")
+    if file != uri and not storage.exists(file):
+        raise UserError(f"{uri}: there is no such tracking store; name it in tracking.uri")
+    _refuse_silent(config)
+    return MlflowClient(uri)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

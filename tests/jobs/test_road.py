@@ -23,7 +23,7 @@ from pipelines.finetune import finetune
 from pipelines.initial_noise import FILE, make_initial_noise
 from pipelines.reader import ClipReader
 from pipelines.shapes import velocity_of
-from pipelines.study import read_arms
+from pipelines.study import read_study
 from pipelines.tracking import runs, store_uri
 from pipelines.video import PyAVDecoder, decode_all, fit
 from pipelines.views import split_of
@@ -271,9 +271,8 @@ def test_another_threshold_is_another_evaluate_run_of_the_same_scores(road, smal
     rows = [r["speed"] for r in storage.read_rows(f"{road.out}/scores/naive-1/scores.jsonl")]
     strict = smallest(road.out, "score.static_below=1.0e-6")
     score.score(strict)
-    arms = read_arms(strict)
-    assert arms["naive"].values("static_share") == {1: 0.0, 2: 0.0}
-    assert read_arms(road)["naive"].values("static_share")[1] == np.mean([s < 0.7 for s in rows]) > 0
+    assert read_study(strict).arms["naive"].values("static_share") == {1: 0.0, 2: 0.0}
+    assert read_study(road).arms["naive"].values("static_share")[1] == np.mean([s < 0.7 for s in rows]) > 0
 
 
 def test_the_reference_captions_tell_the_velocities_that_the_feature_net_learned(road):
@@ -308,7 +307,11 @@ def test_the_page_is_self_contained_and_holds_table_plots_and_clips(road):
 def test_the_comparison_is_logged_to_the_study(road):
     client = MlflowClient(store_uri(road))
     run = runs(road, "compare")[0]
-    assert sorted(f.path for f in client.list_artifacts(run.info.run_id)) == ["comparison.html", "table.md"]
+    assert sorted(f.path for f in client.list_artifacts(run.info.run_id)) == [
+        "comparison.html",
+        "table.csv",
+        "table.md",
+    ]
 
 
 def test_a_second_walk_does_nothing(road, capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_study
 from in_process import Here, instead_of_ray
 
 from pipelines.cache import Cache, build_cache
@@ -103,3 +104,11 @@ def cache(built: Path, settings: Callable[..., Config]) -> Cache:
     from pipelines.cache import read_cache
 
     return read_cache(settings(built))
+
+
+@pytest.fixture(scope="session")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The configuration of a small study, scored and not yet compared. Tests leave its artifacts as they are."""
+    config = small_study.config_of(tmp_path_factory.mktemp("studied"))
+    small_study.make(config)
+    return config

@@ -1,15 +1,45 @@
+import csv
+import io
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import small_study
+from mlflow import MlflowClient
 from scipy.stats import ttest_rel
 
-from pipelines.compare import markdown, put_to_the_test
-from pipelines.config import ClaimConfig
-from pipelines.study import Arm, Estimate
+from pipelines.compare import compare
+from pipelines.config import ClaimConfig, Config, load
+from pipelines.errors import Unfinished, UserError
+from pipelines.page import render
+from pipelines.plots import leakage_of, plots
+from pipelines.study import METRICS, Arm, Estimate, Study, holm, put_to_the_test, read_study, t_test
+from pipelines.table import as_csv, holes, legend, markdown, tabulate
+from pipelines.tracking import runs, store_uri
 
 
-def arm(name: str, *values: float) -> Arm:
-    return Arm(name, {s: SimpleNamespace(data=SimpleNamespace(metrics={"motion": v})) for s, v in enumerate(values)})
+def run(metrics: dict[str, float], **params: str) -> SimpleNamespace:
+    return SimpleNamespace(data=SimpleNamespace(metrics=metrics, params=params, tags={}))
+
+
+def arm(name: str, *values: float, metric: str = "motion") -> Arm:
+    return Arm(name, {seed: run({metric: value}) for seed, value in enumerate(values)})
+
+
+def study(*arms: Arm) -> Study:
+    real = next((each for each in arms if each.name == "real"), None)
+    for each in arms:
+        each.real = real
+    return Study("a study", {each.name: each for each in arms}, [])
+
+
+def marks(of: Study, metric: str) -> dict[str, str]:
+    (column,) = (c for c in tabulate(of) if c.name == metric)
+    return {name: cell.mark for name, cell in column.cells.items()}
 
 
 def claim(expected: str = "higher", against: str = "naive") -> ClaimConfig:
@@ -28,12 +58,18 @@ def test_the_interval_is_the_t_interval_of_the_mean():
     assert Estimate.of([1.0]).half is None
 
 
+def test_small_and_large_figures_keep_digits_that_say_something():
+    assert [str(Estimate.of([x])) for x in (512.34, 31.256, 1.5, 0.0412, 0.00412, 0)] == [
+        *("512.3", "31.26", "1.500", "0.041", "0.00412", "0.000")
+    ]
+
+
 def test_seeds_are_paired_so_what_they_share_does_not_hide_the_difference():
     ours, theirs = [1.10, 5.11, 9.09], [1.0, 5.0, 9.0]
     v = verdict(ours, theirs)
     assert v.word == "holds"
-    assert v.figures == "motion score +0.100 ± 0.025, 3 of 3 seeds"
-    assert ttest_rel(ours, theirs).pvalue < 0.05  # the same test, by somebody else
+    assert v.figures == "motion score +0.100 ± 0.025, 3 of 3 seeds, p 0.0033"
+    assert v.p == pytest.approx(ttest_rel(ours, theirs).pvalue)  # the same test, by somebody else
 
 
 def test_a_difference_that_could_be_chance_is_not_shown():
@@ -57,8 +93,445 @@ def test_a_claim_about_a_row_that_is_not_there_is_shown_as_untested():
     assert put_to_the_test(claim(), {"cure": arm("cure", 1.0)}).word == "not tested (0 common seeds)"
 
 
-def test_the_table_has_a_line_a_row_and_shows_a_hole_as_a_hole():
-    arms = {"real": arm("real", 1.0), "cure": arm("cure", 1.0, 2.0)}
-    table = markdown(arms, [])
-    assert "| cure | 2     | 1.500 ± 6.353 | -" in table
-    assert "| real | 1     | 1.000         | -" in table
+def test_differences_that_are_all_the_same_are_certain_and_none_is_no_difference():
+    assert t_test([0.5, 0.5, 0.5]) == 0
+    assert t_test([0.0, 0.0]) == 1
+
+
+def test_holms_correction_counts_tests_that_are_not_told():
+    assert holm([0.01, 0.04, 0.03], 3) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.01, 0.04], 10) == pytest.approx([0.1, 0.36])
+    assert holm([0.5, 0.9], 3) == [1, 1]
+
+
+def test_the_table_has_a_line_a_row_and_shows_a_hole_as_a_hole_that_is_explained():
+    of = study(arm("real", 1.0), arm("cure", 1.0, 2.0), Arm("other", {0: run({"motion": 5.0, "psnr": 30.0})}))
+    table = markdown(of, tabulate(of), [])
+    assert "| cure  | 2     | **1.500 ± 6.353**        | -          |" in table
+    assert "| other | 1     | 5.000 ?                  | 30.00      |" in table
+    assert "- cure: its runs have no PSNR." in table
+
+
+def test_a_figure_that_is_not_finite_is_missing():
+    of = study(arm("cure", 1.0, float("nan"), 3.0, metric="psnr"), arm("naive", float("inf"), metric="psnr"))
+    (column,) = tabulate(of)
+    assert column.cells["cure"].estimate.mean == 2
+    assert column.cells["naive"].estimate is None
+    assert holes(of, [column]) == [
+        "cure: without seed 1, whose runs lack it: PSNR.",
+        "naive: its runs have no PSNR.",
+    ]
+
+
+@pytest.mark.parametrize(("metric", "best"), [("frechet", "low"), ("psnr", "high"), ("motion", "near")])
+def test_the_best_is_the_best_in_the_metrics_direction_and_never_the_real_row(metric, best):
+    arms = [arm(n, *v, metric=metric) for n, v in {"low": (2.0, 2.1), "high": (9.0, 9.1), "near": (5.5, 5.6)}.items()]
+    of = study(arm("real", {"frechet": 0.0, "psnr": 99.0, "motion": 5.0}[metric], metric=metric), *arms)
+    assert [name for name, mark in marks(of, metric).items() if mark == "best"] == [best]
+
+
+def test_without_a_real_row_nothing_says_which_motion_is_the_best():
+    assert set(marks(study(arm("low", 1.0), arm("high", 2.0)), "motion").values()) == {""}
+
+
+def test_a_row_that_cannot_be_told_from_the_best_is_marked_and_one_that_can_is_not():
+    of = study(
+        arm("best", 1.00, 3.01, 2.02, 5.00, metric="fvd"),
+        arm("close", 1.10, 2.95, 2.10, 4.98, metric="fvd"),
+        arm("worse", 2.00, 4.02, 3.00, 6.01, metric="fvd"),  # its mean is within the others' spread over seeds
+    )
+    assert marks(of, "fvd") == {"best": "best", "close": "tied", "worse": ""}
+    assert "paired by seed (t-test), at 5% with Holm's correction for all pairs of rows." in " ".join(
+        legend(tabulate(of))
+    )
+
+
+def test_the_number_of_rows_counts_in_what_can_be_told():
+    best, close = (0.0, 0.1, 0.2), (1.0, 1.3, 1.0)  # p is .013
+    two = study(arm("best", *best, metric="fvd"), arm("close", *close, metric="fvd"))
+    assert marks(two, "fvd")["close"] == ""
+    more = [arm(f"far-{i}", 40.0 + i, 3.0 + i, 90.0 - i, metric="fvd") for i in range(4)]
+    assert marks(study(*two.arms.values(), *more), "fvd")["close"] == "tied"
+
+
+def with_videos(name: str, values: list[float], metric: str = "psnr", seed: int = 0) -> Arm:
+    lines = [{"clip_id": f"{i}:0", metric: value} for i, value in enumerate(values)]
+    return Arm(name, {seed: run({metric: sum(values) / len(values)})}, {seed: lines})
+
+
+def test_with_one_seed_rows_are_compared_video_by_video():
+    base = [20.0 + 3 * (i % 7) for i in range(30)]  # videos differ by more than rows do
+    of = study(
+        with_videos("best", [x + 0.5 + 0.1 * (i % 3) for i, x in enumerate(base)]),
+        with_videos("close", [x + 0.6 - 0.24 * (i % 2) + 0.1 * (i % 3) for i, x in enumerate(base)], seed=4),
+        with_videos("worse", base),
+    )
+    assert marks(of, "psnr") == {"best": "best", "close": "tied", "worse": ""}
+    assert "paired video by video (sign flips)" in " ".join(legend(tabulate(of)))
+
+
+def test_of_motion_the_distance_from_the_real_clips_is_compared_on_whichever_side_a_row_is():
+    real = [1.0 + 0.1 * (i % 5) for i in range(30)]
+    few = [x - 0.20 + 0.01 * (i % 3) for i, x in enumerate(real)]
+    much = [x + 0.20 + 0.01 * (i % 3) for i, x in enumerate(real)]  # nearly as far off, on the other side
+    off = [x + 0.50 for x in real]
+    rows = {"real": real, "few": few, "much": much, "off": off}
+    of = study(*(with_videos(name, values, "motion") for name, values in rows.items()))
+    assert marks(of, "motion") == {"real": "", "few": "best", "much": "", "off": ""}
+    rows["much"] = [2 * x - y + 0.02 * (-1) ** i for i, (x, y) in enumerate(zip(real, few, strict=True))]
+    of = study(*(with_videos(name, values, "motion") for name, values in rows.items()))
+    assert sorted([marks(of, "motion")[name] for name in ("few", "much")]) == ["best", "tied"]
+
+
+def test_a_share_of_videos_is_compared_by_what_each_of_them_is():
+    rows = {"real": [True] * 30, "most": [True] * 29 + [False], "none": [False] * 30}
+    of = study(*(with_videos(name, values, "dynamic_degree") for name, values in rows.items()))
+    for each in of.arms.values():
+        each.videos[0] = [{"clip_id": line["clip_id"], "dynamic": line["dynamic_degree"]} for line in each.videos[0]]
+    assert marks(of, "dynamic_degree") == {"real": "", "most": "best", "none": ""}
+
+
+def test_rows_without_anything_in_common_are_not_compared_and_that_is_said():
+    of = study(arm("best", 1.0, metric="fvd"), arm("other", 9.0, metric="fvd"))
+    assert marks(of, "fvd") == {"best": "best", "other": "untested"}
+    assert "| other | 1     | 9.000 ?" in markdown(of, tabulate(of), [])
+
+
+def test_one_run_shows_the_interval_that_was_measured_with_it():
+    values = {"fvd": 300.0, "fvd_low": 280.0, "fvd_high": 331.0}
+    of = study(Arm("one", {0: run(values)}), Arm("two", {0: run(values), 1: run(values | {"fvd": 310.0})}))
+    (column,) = tabulate(of)
+    assert str(column.cells["one"].estimate) == "300.0 [280.0, 331.0]"
+    assert str(column.cells["two"].estimate) == "305.0 ± 63.5"
+
+
+def test_metrics_that_nobody_here_knows_stand_behind_the_others_and_have_no_best():
+    values = {
+        "aaa": 1.0,
+        "aaa_low": 0.5,
+        "aaa_high": 2.0,
+        "fvd": 3.0,
+        "motion": 0.1,
+        "fvd_sd": 1.0,
+        "videos": 4,
+        "rejects": 2,
+        "system/cpu": 9.0,
+    }
+    of = study(Arm("one", {0: run(values)}), Arm("two", {0: run(values)}))
+    assert [column.label for column in tabulate(of)] == ["motion score, px/frame →", "FVD ↓", "aaa"]
+    assert set(marks(of, "aaa").values()) == {""}
+    assert holes(of, tabulate(of)) == [f"{name}: 2 videos could not be scored." for name in ("one", "two")]
+
+
+def test_every_metric_that_a_claim_may_name_is_in_the_table():
+    assert set(ClaimConfig.model_fields["metric"].annotation.__args__) == METRICS.keys()
+
+
+def test_the_csv_has_every_figure_whole():
+    of = study(arm("real", 0.5), arm("cure", 1 / 3, 2 / 3), arm("naive", 0.1), Arm("hole", {0: run({"fvd": 1.0})}))
+    real, cure, naive, hole = csv.DictReader(io.StringIO(as_csv(of, tabulate(of))))
+    assert float(cure["motion"]) == 0.5
+    assert float(cure["motion_high"]) - 0.5 == pytest.approx(12.7062 / 6, rel=1e-4)
+    assert (real["motion_mark"], naive["motion_low"], hole["motion"], hole["fvd"]) == ("", "", "", "1.0")
+
+
+# Of a study in MLflow.
+
+
+def asked(config: Config, **compare) -> Config:
+    return load(None, [f"out={config.out}", *(f"compare.{key}={json.dumps(value)}" for key, value in compare.items())])
+
+
+@pytest.fixture
+def own(studied, tmp_path) -> Config:
+    """A copy of the study, to spoil."""
+    config = studied.model_copy(update={"out": str(shutil.copytree(studied.out, tmp_path / "out"))})
+    client = MlflowClient(store_uri(config))
+    for found in runs(config, "evaluate"):
+        for tag in ("cil.scores", "cil.videos"):
+            client.set_tag(found.info.run_id, tag, found.data.tags[tag].replace(studied.out, config.out))
+    return config
+
+
+def ids(config: Config) -> dict[str, str]:
+    return {found.info.run_name: found.info.run_id for found in runs(config, "evaluate")}
+
+
+def test_runs_by_themselves_are_the_rows_of_the_configuration_that_made_them(studied):
+    named, found = read_study(studied), read_study(asked(studied, experiment="a small study"))
+    assert found.arms.keys() == named.arms.keys() == {"real", *small_study.ROWS}
+    for name, each in named.arms.items():
+        assert {s: r.info.run_id for s, r in found.arms[name].runs.items()} == {
+            s: r.info.run_id for s, r in each.runs.items()
+        }
+    assert sorted(found.arms["naive"].runs) == small_study.SEEDS
+    assert found.notes == named.notes == []
+    order = ["real", *sorted(small_study.ROWS)]
+    tables = [{name: [str(c.cells[name]) for c in tabulate(each)] for name in order} for each in (named, found)]
+    assert tables[0] == tables[1]
+
+
+def test_a_filter_takes_what_matches(studied):
+    found = read_study(asked(studied, experiment="a small study", filter="params.M = '700.0'"))
+    assert found.arms.keys() == {"early-start-700", "analytic-init-700"}
+    study_of_the_configuration = asked(studied, filter="params.start = 'analytic'").model_copy(
+        update={"tracking": studied.tracking}
+    )
+    assert read_study(study_of_the_configuration).arms.keys() == {"analytic-init-850", "analytic-init-700"}
+
+
+def test_runs_are_compared_by_their_ids_and_what_is_none_is_left_out_with_a_line(studied, capsys):
+    known, (training, *_) = ids(studied), runs(studied, "train")
+    wanted = [known["naive-11"], known["naive-12"], known["timenoise-11"], training.info.run_id, "0" * 32]
+    found = read_study(asked(studied, runs=wanted))
+    assert {name: sorted(each.runs) for name, each in found.arms.items()} == {"naive": [11, 12], "timenoise": [11]}
+    printed = capsys.readouterr().out
+    assert f"({training.info.run_id}) is a run of the stage train; it is left out." in printed
+    assert f"{'0' * 32}: {store_uri(studied)} has no such run; it is left out." in printed
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        (
+            {"experiment": "another"},
+            r"compare\.experiment=another: sqlite:.* has no such experiment, but .*a small study",
+        ),
+        ({"experiment": "a small study", "filter": "params.M > 'x"}, r"compare\.filter=params\.M > 'x: "),
+        ({"experiment": "a small study", "filter": "params.M = '1'"}, "no evaluate run with metrics is there"),
+        ({"runs": ["0" * 32]}, "no evaluate run with metrics is there"),
+    ],
+)
+def test_what_finds_nothing_is_one_line(studied, wanted, says):
+    with pytest.raises(UserError, match=says) as error:
+        read_study(asked(studied, **wanted))
+    assert "\n" not in str(error.value)
+    assert MlflowClient(store_uri(studied)).get_experiment_by_name("another") is None
+
+
+def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path):
+    with pytest.raises(UserError, match="there is no such tracking store"):
+        read_study(load(None, [f"out={tmp_path}", "compare.experiment=any"]))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("override", ["compare.experiment=any", "compare.runs=[a]", "compare.clips=1"])
+def test_a_tracking_server_that_nobody_runs_is_one_line(tmp_path, override):
+    with pytest.raises(Unfinished, match=r"tracking\.uri=http://127\.0\.0\.1:9: cannot be reached"):
+        read_study(load(None, [f"out={tmp_path}", "tracking.uri=http://127.0.0.1:9", override]))
+
+
+def test_claims_are_about_rows_of_the_configuration_unless_runs_are_compared_by_themselves(studied):
+    about = [{"says": "it moves", "row": "their-row", "against": "real", "metric": "fvd", "expected": "lower"}]
+    with pytest.raises(UserError, match="'their-row' is not a row"):
+        asked(studied, claims=about)
+    assert asked(studied, claims=about, experiment="theirs").compare.claims[0].row == "their-row"
+
+
+def test_ids_and_a_search_are_not_asked_for_together():
+    with pytest.raises(UserError, match=r"compare\.runs: instead of"):
+        load(None, ["compare.runs=[a]", "compare.experiment=b"])
+
+
+def test_runs_that_somebody_else_made_are_compared_by_their_parameters(own):
+    client = MlflowClient(store_uri(own))
+    theirs = client.create_experiment("theirs", artifact_location=f"file://{own.out}/theirs")
+    for name, rate, seed in [("funny-cat", 1, 5), ("wild-ox", 1, 6), ("odd-fox", 2, 5), ("shy-owl", 2, 6)]:
+        made = client.create_run(theirs, run_name=name).info.run_id
+        client.log_param(made, "model.lr", rate)
+        client.log_param(made, "seed", seed)
+        client.log_metric(made, "fvd", 300 + 10 * rate + seed)
+    client.create_run(theirs, run_name="nothing-yet")
+    config = asked(own, experiment="theirs")
+    found = read_study(config)
+    assert {name: sorted(each.runs) for name, each in found.arms.items()} == {"funny-cat": [5, 6], "odd-fox": [5, 6]}
+    assert any("nothing-yet" in note and "has no metrics" in note for note in found.notes)
+    assert any("wild-ox: names no scores of single videos" in note for note in found.notes)
+    page = Path(compare(config).uri, "index.html").read_text()
+    assert "None of these runs names videos that can be read from here." in page
+    assert "<tr><th>model.lr</th><td>1</td><td>2</td></tr>" in page
+    assert marks(found, "fvd") == {"funny-cat": "best", "odd-fox": ""}
+
+
+def test_rows_of_one_name_in_two_studies_are_told_apart(own, tmp_path):
+    other = small_study.config_of(
+        tmp_path / "other", f"tracking.uri={store_uri(own)}", "finetune.row.lr=0.001", "tracking.experiment=other"
+    )
+    theirs = small_study.make(other)
+    wanted = [ids(own)["naive-11"], ids(own)["real"], theirs["naive-11"], theirs["timenoise-11"]]
+    found = read_study(asked(own, runs=wanted))
+    assert found.arms.keys() == {"real", "naive (lr=0.0005)", "naive (lr=0.001)", "timenoise"}
+    assert {name: each.real is not None for name, each in found.arms.items()} == dict.fromkeys(found.arms, True)
+
+
+def test_rows_against_other_real_clips_have_their_own_and_the_page_says_so(own):
+    for name in ("real", "timenoise-11", "timenoise-12", "timenoise-13"):
+        manifest = Path(own.out, "scores", name, "manifest.json")
+        told = json.loads(manifest.read_text())
+        told["identity"]["real"] = "others"
+        manifest.write_text(json.dumps(told))
+    found = read_study(asked(own, experiment="a small study"))
+    assert found.notes == ["Not all rows are known to be measured against the same true clips: compare within a study."]
+    assert found.arms["timenoise"].real is found.arms["real"]
+    assert found.arms["naive"].real is None
+    assert marks(found, "motion")["naive"] == ""
+
+
+def test_what_says_the_same_twice_is_taken_once(own):
+    client, known = MlflowClient(store_uri(own)), ids(own)["naive-11"]
+    first = client.get_run(known)
+    again = client.create_run(first.info.experiment_id, tags=first.data.tags).info.run_id
+    for key, value in first.data.params.items():
+        client.log_param(again, key, value)
+    client.log_metric(again, "fvd", 3.0)
+    found = read_study(asked(own, experiment="a small study"))
+    assert found.arms["naive"].runs[11].info.run_id == again
+    assert any(f"({again}) says the same of itself as {known}; the newer one is taken." in n for n in found.notes)
+
+
+def test_scores_that_cannot_be_read_are_a_hole_and_the_rest_goes_on(own):
+    Path(own.out, "scores/naive-11/scores.jsonl").unlink()
+    Path(own.out, "scores/naive-12/scores.jsonl").write_text("{no json\n")
+    shutil.rmtree(Path(own.out, "videos/naive-11"))
+    made = compare(own)
+    page = Path(made.uri, "index.html").read_text()
+    for name in ("naive-11", "naive-12"):
+        assert f"{name}: {own.out}/scores/{name}/scores.jsonl cannot be read" in page
+    assert made.counts == {"rows": 1 + len(small_study.ROWS)}
+    assert "What is missing (2)" in page
+
+
+def test_a_study_of_one_run_is_shown_and_said_to_be_one(own):
+    made = compare(asked(own, runs=[ids(own)["naive-11"]]))
+    table = Path(made.uri, "table.md").read_text()
+    assert "There is one row, naive: nothing to compare it with." in table
+    assert "| naive | 1 " in table
+    assert "**" not in table  # the best of one is none
+
+
+def test_rows_that_are_not_scored_yet_are_named(own):
+    shutil.rmtree(Path(own.out, "scores/timenoise-12"))
+    found = read_study(own)
+    assert sorted(found.arms["timenoise"].runs) == [11, 13]
+    assert found.notes == ["timenoise-12: has no scores in the study a small study; it is left out."]
+
+
+def test_each_state_of_a_study_is_logged_once_with_all_three_files(own, capsys):
+    first, client = compare(own), MlflowClient(store_uri(own))
+    assert compare(own).uri == first.uri
+    (logged,) = runs(own, "compare")
+    files = sorted(file.path for file in client.list_artifacts(logged.info.run_id))
+    assert files == ["comparison.html", "table.csv", "table.md"]
+    assert Path(first.uri, "table.md").read_text() in capsys.readouterr().out
+    client.log_metric(ids(own)["naive-11"], "fvd", 300.0)
+    assert compare(own).uri != first.uri
+    assert len(runs(own, "compare")) == 2
+
+
+def test_a_comparison_of_another_experiment_is_logged_there(own):
+    client = MlflowClient(store_uri(own))
+    client.create_experiment("empty", artifact_location=f"file://{own.out}/empty")
+    config = asked(own, experiment="a small study").model_copy(update={"tracking": own.tracking})
+    elsewhere = config.model_copy(update={"tracking": own.tracking.model_copy(update={"experiment": "empty"})})
+    compare(elsewhere)
+    assert len(runs(own, "compare")) == 1
+
+
+def drawn(config: Config, of: Study) -> list[str]:
+    return [said for said, _ in plots(config, of)]
+
+
+def test_curves_are_drawn_over_what_differs_between_rows_and_over_nothing_else(studied):
+    whole = drawn(studied, read_study(studied))
+    assert [said for said in whole if " over " in said] == [
+        "motion score over M: where sampling starts",
+        "Frechet distance over M: where sampling starts",
+        "motion score over beta_m of TimeNoise",
+        "Frechet distance over beta_m of TimeNoise",
+    ]
+    assert any(said.startswith("Leakage") for said in whole)
+    assert any(said.startswith("Training loss") for said in whole)
+    few = read_study(
+        asked(studied, experiment="a small study", filter="params.start = 'gaussian' and params.M = '850.0'")
+    )
+    assert not [said for said in drawn(studied, few) if " over " in said]
+
+
+def test_a_curve_over_M_is_a_line_for_each_start_of_the_same_weights(studied):
+    of = read_study(studied)
+    svg = dict(plots(studied, of))["motion score over M: where sampling starts"]
+    for told in (">gaussian<", ">analytic<", ">700<", ">850<", ">T<", ">real clips<"):
+        assert told in svg, told
+    assert ">base<" not in svg  # it stands at one M alone
+
+
+def test_the_leakage_of_a_row_is_the_mean_of_its_seeds_and_another_file_of_that_name_is_left_out(own):
+    client, named = MlflowClient(store_uri(own)), ids(own)
+    of = read_study(own)
+    values = of.arms["naive"].values("motion")
+    whole = leakage_of(own, of)["naive"]
+    assert whole["truth"] == pytest.approx([0.19] * 3)
+    assert whole["motion"] == pytest.approx([0.19, 0.15, sum(values.values()) / 3 / 2])
+    client.log_dict(named["naive-11"], {"something": "else"}, "leakage.json")
+    assert leakage_of(own, of)["naive"]["motion"][2] == pytest.approx((values[12] + values[13]) / 2 / 2)
+
+
+def test_runs_without_parameters_or_files_have_fewer_plots(studied):
+    of = study(arm("one", 1.0, 2.0), arm("two", 2.0, 3.0))
+    for each in of.arms.values():
+        for seed, found in each.runs.items():
+            found.info = SimpleNamespace(run_id=f"none-{seed}", experiment_id="0")
+    assert drawn(studied, of) == ["motion score: every seed a dot, the mean with its interval"]
+
+
+def page(config: Config, of: Study) -> str:
+    return render(config, of, tabulate(of), [put_to_the_test(c, of.arms) for c in config.compare.claims])
+
+
+def test_few_seeds_are_called_indicative_and_the_note_stands_beside_it(studied):
+    of, config = read_study(studied), load(None, [f"out={studied.out}", "compare.note=Chosen on <other> seeds."])
+    assert "Indicative: 3 seeds of each row at the most." in page(config, of)
+    assert "<p>Chosen on &lt;other&gt; seeds.</p>" in page(config, of)
+    for each in of.arms.values():
+        each.runs |= {100 + i: each.runs[each.first] for i in range(10 - len(each.runs))}
+    assert "Indicative" not in page(config, of)
+
+
+def test_the_words_at_the_top_count_what_holds_and_what_does_not(studied):
+    assert (
+        "5 claims: 2 hold, 1 hold the other way round, 1 not shown, 1 not tested. Tested one by one; with Holm&#x27;s "
+        "correction for 4 tests, 3 of these 3 would be left."
+    ) in page(studied, read_study(studied))
+
+
+def test_the_page_shows_as_many_images_as_are_asked_for_with_their_prompts_and_the_real_clips_first(studied):
+    config = studied.model_copy(update={"compare": studied.compare.model_copy(update={"clips": 2})})
+    clips = page(config, read_study(studied)).partition('<table class="clips">')[2].partition("</table>")[0]
+    assert clips.count("<video") == 2 * (1 + len(small_study.ROWS))
+    assert clips.count("a disc that moves to the right, number") == 2
+    assert clips.index("<th>real</th>") < clips.index("<th>base</th>")
+
+
+def test_what_differs_between_the_rows_is_told_and_what_does_not_is_not(studied):
+    told = page(studied, read_study(studied)).partition('<table class="differences">')[2].partition("</table>")[0]
+    rows = [line.partition("</th>")[0] for line in told.split("<tr><th>")[1:]]
+    assert rows == ["parameter", "weights", "M", "start", "conditioning.kind", "conditioning.beta_m", "conditioning.a"]
+
+
+def test_the_configuration_that_made_the_scores_is_on_the_page_once(studied):
+    assert page(studied, read_study(studied)).count("<summary>The whole configuration of") == 1
+    other = page(asked(studied, experiment="a small study"), read_study(studied))
+    assert other.count("<summary>The whole configuration of") == 2
+
+
+def test_the_documented_ways_to_name_runs_work(studied, tmp_path):
+    text = Path(__file__).parents[2].joinpath("docs/evaluation.md").read_text()
+    commands = [shlex.split(line)[3:] for line in text.splitlines() if line.startswith("    python -m jobs.compare")]
+    found = []
+    for command in commands:
+        given = " ".join(command).replace("http://mlflow:5000", store_uri(studied)).replace("webvid", "a-small-study")
+        given = given.replace("940.0", "850.0").replace("[ID,ID]", f"[{ids(studied)['base']},{ids(studied)['real']}]")
+        overrides = re.split(r" (?=[\w.]+=)", given)
+        config = load(None, [each.replace("a-small-study", "a small study") for each in overrides])
+        found.append(len(read_study(config).arms))
+    assert found == [1 + len(small_study.ROWS), 2, 2]
