@@ -225,18 +225,16 @@ def test_a_filter_of_a_rows_own_stands_in_place_of_the_shared_one_and_its_condit
 def test_the_paper_study_pretrains_on_all_clips_and_fine_tunes_on_those_that_move():
     rows = load(PAPER).training_rows()
     assert rows["base"].settings.where == {}
-    assert rows["naive-11"].settings.where == {"motion": (0.06, None)}
+    assert rows["naive-101"].settings.where == {"motion": (0.06, None)}
 
 
 def test_every_seed_is_a_row_of_its_own_and_is_evaluated_as_such():
     config = load(PAPER)
     assert [n for n, row in config.training_rows().items() if row.arm == "naive"] == [
-        "naive-11",
-        "naive-12",
-        "naive-13",
+        f"naive-{seed}" for seed in range(101, 106)
     ]
     evaluated = config.evaluation_rows()
-    assert evaluated["analytic-init-12"].weights == "naive-12"
+    assert evaluated["analytic-init-102"].weights == "naive-102"
     assert evaluated["base"].weights == "base"
 
 
