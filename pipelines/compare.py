@@ -13,6 +13,7 @@ from pipelines.table import as_csv, markdown, tabulate
 from pipelines.tracking import Run
 
 KIND = "comparison"
+HEADLINES = {"motion", "motion_error", "speed", "static_share", "first_frame_error", "leakage", "frechet", "fvd", "is"}
 CODE = ("compare", "page", "plots", "study", "table")
 
 
@@ -40,7 +41,9 @@ def compare(config: Config) -> Manifest:
             run.file("comparison.html" if file == "index.html" else file, text.encode())
         run.finish()
         made.finish({"rows": len(study.arms)})
-    print(f"\n{table}\nThe page: {made.path('index.html')}")
+    shown = [column for column in columns if column.name in HEADLINES] or columns
+    print(f"\n{markdown(study, shown, verdicts)}\nAll {len(columns)} metrics: {made.path('table.md')}")
+    print(f"The page: {made.path('index.html')}")
     return made.manifest()
 
 

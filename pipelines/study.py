@@ -35,21 +35,21 @@ class Metric(NamedTuple):
 METRICS = {
     "motion": Metric("motion score", "real", "px/frame"),
     "motion_error": Metric("motion error", "lower", "px/frame"),
-    "motion_off": Metric("off the true clip's motion", "lower", "px/frame"),
     "speed": Metric("speed", "real", "px/frame"),
     "static_share": Metric("static share", "real"),
-    "dynamic_degree": Metric("dynamic degree", "real"),
     "first_frame_error": Metric("first-frame error", "lower"),
+    "leakage": Metric("leakage", "lower"),
+    "frechet": Metric("Frechet distance", "lower"),
+    "fvd": Metric("FVD", "lower"),
+    "is": Metric("IS", "higher"),
+    "motion_off": Metric("off the true clip's motion", "lower", "px/frame"),
+    "dynamic_degree": Metric("dynamic degree", "real"),
     "psnr": Metric("PSNR", "higher", "dB"),
     "ssim": Metric("SSIM", "higher"),
     "clip_similarity": Metric("CLIP similarity", "higher"),
     "warp_error": Metric("warp error", "lower"),
     "spectrum_space": Metric("spatial spectrum error", "lower", "dB"),
     "spectrum_time": Metric("temporal spectrum error", "lower", "dB"),
-    "leakage": Metric("leakage", "lower"),
-    "frechet": Metric("Frechet distance", "lower"),
-    "fvd": Metric("FVD", "lower"),
-    "is": Metric("IS", "higher"),
 }
 OF_VIDEOS = {"dynamic_degree": "dynamic"}  # what a metric is a mean of, where its name is another one
 

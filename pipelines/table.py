@@ -119,7 +119,7 @@ def holes(study: Study, columns: list[Column]) -> list[str]:
         if rejects := sum(arm.values("rejects").values()):
             said.append(f"{arm.name}: {rejects:.0f} videos could not be scored.")
         lacking = [c.metric.label for c in columns if not arm.values(c.name)]
-        if lacking:
+        if lacking and _ranked(arm):  # the real row cannot have all
             said.append(f"{arm.name}: its runs have no {', '.join(lacking)}.")
         some: dict[str, list[str]] = {}
         for column in columns:

@@ -4,15 +4,16 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from cil import families
 from cil.checkpoints import write_diffusers
 from cil.families.sd_vae import seeded
 
 
-def write_published(name: str, folder: Path, seed: int = 3) -> Path:
-    """What `family.weights` names, for clips of 4 x 32 x 48: a `.ckpt`, or a diffusers folder."""
-    family = families.load(name, 4, 32, 48)
+def write_published(name: str, folder: Path, seed: int = 3, frames: int = 4) -> Path:
+    """What `family.weights` names, for clips of 32 x 48: a `.ckpt`, or a diffusers folder."""
+    family = families.load(name, frames, 32, 48)
     net = family.network(seed)
     if name in ("dynamicrafter", "videocrafter1"):
         (file,) = family.export(net.state_dict(), folder)
@@ -60,3 +61,30 @@ def aesthetic_by_hand(frame: torch.Tensor, head: Path, clip: Path) -> float:
         (embedding,) = CLIPVisionModelWithProjection.from_pretrained(clip)(pixel_values=pixels).image_embeds
     held = torch.load(head, weights_only=True)
     return float(embedding / embedding.norm() @ held["weight"][0] + held["bias"][0])
+
+
+class I3D(nn.Module):
+    """Features: means and deviations of three colours over time."""
+
+    def __init__(self, wide: bool = True) -> None:
+        super().__init__()
+        self.wide = wide
+
+    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
+        x = x.float() / 64
+        found = torch.cat(
+            [x.mean(dim=[2, 3, 4]), x.std(dim=[3, 4]).mean(dim=2), x.diff(dim=2).abs().mean([2, 3, 4])], 1
+        )
+        if not return_features:
+            return torch.softmax(found, 1)
+        return found if self.wide else found[:, :, None]
+
+
+class C3D(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x.float().mean(dim=[2, 3, 4]), 1)
+
+
+def saved(module: nn.Module, path: Path) -> str:
+    torch.jit.script(module).save(path)
+    return str(path)

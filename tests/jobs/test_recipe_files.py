@@ -7,12 +7,8 @@ import pytest
 
 from cil import Drops, recipe
 from jobs import finetune as job
-from pipelines.cache import build_cache
 from pipelines.config import Config, load
-from pipelines.finetune import finetune
-from pipelines.make_shapes import make_shapes
 from pipelines.models import family_of
-from pipelines.tracking import runs
 
 FOLDER = Path(job.__file__).with_name("configs")
 FAMILIES = ("svd", "dynamicrafter", "videocrafter1", "i2vgenxl")
@@ -105,32 +101,3 @@ def test_what_is_to_be_filled_in_is_a_configuration_when_it_is(name, tmp_path):
     assert bool(config.family.tokenizer) == (name in ("dynamicrafter", "videocrafter1"))
     assert config.catalog.csv
     assert config.arms()["before"].weights == "published"
-
-
-TINY = (
-    *("family.preset=tiny", "family.frames=4", "family.height=32", "family.width=48", "shapes.videos=24"),
-    *("shapes.damaged=0", "cache.gpus=0", "cache.validation=0.2", "cache.test=0.2", "cache.videos_per_part=24"),
-    *("finetune.workers=1", "finetune.row.samples=8", "finetune.row.batch=4", "finetune.log_every=4"),
-    *(
-        "finetune.checkpoint_every=8",
-        "finetune.validate_every=8",
-        "finetune.validation={clips: 1, samples: 1, steps: 2}",
-    ),
-)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_very_file_trains_all_its_rows_at_the_tiny_size_and_mlflow_has_them(tmp_path):
-    config = configured("dynamicrafter", f"out={tmp_path}", *TINY)
-    for station in (make_shapes, build_cache, finetune):
-        station(config)
-    found = {run.info.run_name: run.data for run in runs(config, "train")}
-    assert found.keys() == KINDS.keys()
-    kind = "row.conditioning.kind"
-    assert {arm: data.params[kind] for arm, data in found.items()} == KINDS
-    others = [{key: value for key, value in data.params.items() if key != kind} for data in found.values()]
-    assert all(other == others[0] for other in others)
-    assert all({"loss", "validation/loss", "validation/motion_true"} <= data.metrics.keys() for data in found.values())
-    losses = [data.metrics["loss"] for data in found.values()]
-    assert len(set(losses)) == len(losses)

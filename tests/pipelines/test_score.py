@@ -12,9 +12,9 @@ import scipy.ndimage
 import torch
 from mlflow import MlflowClient
 from PIL import Image
-from published import write_clip
+from published import C3D, I3D, saved, write_clip
 from test_generate import picture, shaken
-from torch import Tensor, nn
+from torch import Tensor
 
 from cil.images import read_image
 from cil.metrics.alignment import psnr, ssim
@@ -35,33 +35,6 @@ from pipelines.video import PyAVDecoder, decode_all, encode
 from pipelines.weights import network_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-
-
-class I3D(nn.Module):
-    """Features: means and deviations of three colours over time."""
-
-    def __init__(self, wide: bool = True) -> None:
-        super().__init__()
-        self.wide = wide
-
-    def forward(self, x: Tensor, rescale: bool = False, resize: bool = False, return_features: bool = False) -> Tensor:
-        x = x.float() / 64
-        found = torch.cat(
-            [x.mean(dim=[2, 3, 4]), x.std(dim=[3, 4]).mean(dim=2), x.diff(dim=2).abs().mean([2, 3, 4])], 1
-        )
-        if not return_features:
-            return torch.softmax(found, 1)
-        return found if self.wide else found[:, :, None]
-
-
-class C3D(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.softmax(x.float().mean(dim=[2, 3, 4]), 1)
-
-
-def saved(module: nn.Module, path: Path) -> str:
-    torch.jit.script(module).save(path)
-    return str(path)
 
 
 def clip(seed: int, speed: float, frames: int = 6, size: tuple[int, int] = (32, 48)) -> np.ndarray:
