@@ -1,4 +1,5 @@
-"""A step of the whole stack against a bare PyTorch loop: toy `small`, batch 16, one worker with one thread.
+"""A step of the whole stack against a bare PyTorch loop: toy `small`, batch 24, one worker with one thread;
+and the share of a step that it waits for data.
 
     python -m benchmarks.train
 
@@ -31,8 +32,9 @@ WARM_UP = 2  # points
 def measure(quick: bool) -> list[Row]:
     import ray
 
-    samples = 640 if quick else 2400
+    samples = 672 if quick else 2400
     settings = ["shapes.videos=200", "shapes.damaged=0", "family.preset=small", "finetune.workers=1"]
+    settings += ["finetune.row.batch=24", "finetune.row.warmup=0", "finetune.log_every=96"]  # a step of .2 s or more
     settings += [f"finetune.row.samples={samples}", f"finetune.checkpoint_every={samples}"]
     with tempfile.TemporaryDirectory(prefix="cil-") as folder:
         config = load(None, [f"out={folder}", *settings])
@@ -47,7 +49,11 @@ def measure(quick: bool) -> list[Row]:
         client, _ = tracking.open_study(config)
         run = tracking.runs(config, "train")[0].info.run_id
         stack, bare = (_ms_a_step(client.get_metric_history(run, name), config.finetune.row.batch) for name in RATES)
-    return [Row("train: bare PyTorch", median(stack), median(bare), None, "ms a step", paired(bare, stack), 0.95)]
+        waited = 100 * median(point.value for point in client.get_metric_history(run, "data_wait"))
+    return [
+        Row("train: bare PyTorch", median(stack), median(bare), None, "ms a step", paired(bare, stack), 0.95),
+        Row("train: waiting for data", waited, 2, None, "% of a step", 2 / waited, 1.0),
+    ]
 
 
 RATES = ("samples_per_second", "bare_samples_per_second")
