@@ -1,6 +1,6 @@
 """Write a checkpoint as weights in the family's published layout, averaged and raw.
 
-    python -m jobs.export --config jobs/configs/paper.yaml export.row=timenoise-11 export.checkpoint=best
+    python -m jobs.export --config jobs/configs/paper.yaml export.row=timenoise-101 export.checkpoint=960
 
 jobs.finetune does this with the last one by itself.
 """

@@ -246,7 +246,7 @@ def test_scores_are_kept_for_every_video_and_the_real_row_is_the_yardstick(road)
 def test_an_evaluate_run_tells_how_its_row_was_sampled_and_trained_and_how_much_its_weights_leak(road):
     found = {run.info.run_name: run.data for run in runs(road, "evaluate")}
     cured, naive = found["timenoise+analytic-init-2"], found["naive-2"]
-    wanted = {"row.M": "700.0", "row.start": "analytic", "row.guidance": "1.0", "steps": "2", "train.seed": "2"}
+    wanted = {"row.M": "700.0", "row.start": "analytic", "row.guidance": "1.0", "row.steps": "2", "train.seed": "2"}
     wanted |= {"train.conditioning.kind": "timenoise", "cache": cache.read_cache(road).fingerprint}
     assert {key: cured.params.get(key) for key in wanted} == wanted
     assert {"train.conditioning.beta_m", "train.conditioning.a", "initial_noise"} < cured.params.keys()
@@ -288,7 +288,7 @@ def page_of(road) -> str:
 def test_the_page_is_self_contained_and_holds_table_plots_and_clips(road):
     page = page_of(road)
     assert "Indicative: 2 seeds" in page
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert page.count("<video") == 2 * 3  # two images, for the real clips and two rows
     for name in ("real", "naive", "timenoise+analytic-init"):
         assert f"<th>{name}</th>" in page
