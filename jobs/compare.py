@@ -2,7 +2,7 @@
 
     python -m jobs.compare out=outputs/try                                  # the rows of this configuration
     python -m jobs.compare out=outputs/all tracking.uri=http://mlflow:5000 compare.experiment=webvid \\
-        compare.filter="params.M = '940.0'"                                 # runs by themselves, whoever made them
+        compare.filter='params.`row.M` = "940.0"'                           # runs by themselves, whoever made them
     python -m jobs.compare out=outputs/two tracking.uri=http://mlflow:5000 compare.runs=[0123abcd,4567ef01]
 """
 

@@ -503,7 +503,8 @@ class CompareConfig(Section):
         None, description="compare the evaluate runs of this MLflow experiment, whatever configuration made them"
     )
     filter: str | None = Field(
-        None, description="those of them that match, in MLflow's words: params.M = '700'; default: of the study, all"
+        None,
+        description="those of them that match, in MLflow's words: params.`row.M` = '700.0'; default: all",
     )
     runs: list[str] = Field([], description="instead of these two: evaluate runs by their ids, of any experiments")
     claims: list[ClaimConfig] = Field([], description="what the page puts to the test, written before it is measured")
@@ -754,7 +755,7 @@ def _check(config: Config) -> None:
             and not rows[generated.weights].settings.drop.any
         ):
             raise UserError(f"generate.rows.{generated.arm}.guidance: {generated.weights} was trained without drop")
-    if twice := config.evaluation_rows().keys() & config.score.videos.keys():
+    if twice := {*config.evaluation_rows(), *config.arms()} & config.score.videos.keys():
         raise UserError(f"score.videos.{min(twice)}: a row of the study is called {min(twice)} too; rename one")
     if config.compare.runs and (config.compare.experiment or config.compare.filter):
         raise UserError("compare.runs: instead of compare.experiment and compare.filter, not beside them")

@@ -22,7 +22,7 @@ from pipelines import artifact, cluster, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import LATEST, Cache, pinned, read_cache, refuse_other_encoder
 from pipelines.config import Config, EvaluationRow, GenerateRowConfig
-from pipelines.errors import UserError
+from pipelines.errors import UserError, shown
 from pipelines.images import Picture, read_images
 from pipelines.initial_noise import read_initial_noise
 from pipelines.models import encoder_of, family_code, family_of, refusing_weights, shape_of
@@ -38,11 +38,12 @@ CODE = (
 )
 REAL, REFERENCE = "real", "reference"  # true clips: those of the conditional images, and those of the Frechet distance
 SPLITS = {REAL: "test", REFERENCE: "train"}
+TRUE_PER_PART = 32  # true clips, whatever rows are sampled with
 FPS = 8.0  # of an image of which nothing says another
 PROBLEMS = {
     "missing": "there is no such file",
     "unsafe_name": "neither a path in the table's folder nor s3://",
-    "damaged": "a folder has its name",
+    "damaged": "it is a folder, a loop of links, or not to be read",
 }
 
 
@@ -67,7 +68,7 @@ def generate(config: Config) -> dict[str, Manifest]:
     parts = {}
     for name, made in sets.items():
         if not made.finished:
-            lots = chunks(wanted[name], config.generate.clips_per_part)
+            lots = chunks(wanted[name], config.generate.clips_per_part if name in rows else TRUE_PER_PART)
             parts[name] = [
                 Part(
                     made.path("parts", f"part-{i:05d}.jsonl"),
@@ -205,7 +206,7 @@ def _finish(made: Artifact, parts: list[Part]) -> None:
         first = f"{rejects[0]['image']}: {rejects[0]['reason']}, {rejects[0]['message']}"
         if not index:
             raise UserError(f"{made.uri}: none of its {len(rejects)} images can be read ({first})")
-        print(f"{KIND}: {len(rejects)} of {made.uri} not made ({first}); see rejects.jsonl there")
+        print(f"{KIND}: {len(rejects)} of {made.uri} not made ({shown(first)}); see rejects.jsonl there")
     storage.write_rows(made.path("index.jsonl"), index)
     made.finish({"videos": len(index), "rejected": len(rejects)})
 
@@ -276,7 +277,12 @@ class Sampler:
         for each in samples:
             picture = Picture(**each["picture"])
             fps = row.fps or picture.fps or FPS
-            line = {"clip_id": picture.id, "image": picture.name, "caption": picture.prompt, "seed": each["seed"]}
+            line = {
+                "clip_id": picture.id,
+                "image": shown(picture.name),
+                "caption": picture.prompt,
+                "seed": each["seed"],
+            }
             try:
                 made.append(made[-1] if picture == last else self.encoded(picture, fps))
                 last = picture

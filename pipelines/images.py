@@ -9,6 +9,7 @@ What cannot be an image stays in the list with the reason, and becomes a reject.
 """
 
 import csv
+import errno
 import hashlib
 import io
 import math
@@ -89,11 +90,12 @@ def _table(uri: str) -> list[Picture]:
 
 def _csv(uri: str) -> list[dict[str, Any]]:
     reader = csv.DictReader(io.StringIO(storage.read(uri).decode("utf-8-sig", errors="replace"), newline=""))
-    _refuse_without_images(uri, list(reader.fieldnames or ()))
     try:
+        columns = list(reader.fieldnames or ())
         rows = list(reader)
     except csv.Error as error:
         raise UserError(f"{KEY}={uri}: is no csv ({error})") from None
+    _refuse_without_images(uri, columns)
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
             wanted = len(reader.fieldnames or ())
@@ -104,7 +106,7 @@ def _csv(uri: str) -> list[dict[str, Any]]:
 def _parquet(uri: str) -> list[dict[str, Any]]:
     try:
         table = pa.parquet.read_table(pa.BufferReader(storage.read(uri)))
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{KEY}={uri}: is no parquet file ({' '.join(str(error).split())})") from None
     _refuse_without_images(uri, table.column_names)
     wanted = [name for name in ("image", *OPTIONAL) if name in table.column_names]
@@ -128,7 +130,7 @@ def _of_row(place: str, folder: str, row: dict[str, Any]) -> Picture:
             return None
         try:
             value = float(given)
-        except ValueError:
+        except (ValueError, TypeError):
             value = math.nan
         if not least <= value < math.inf or (whole and value % 1):
             kind = "whole number" if whole else "number"
@@ -142,9 +144,10 @@ def _of_row(place: str, folder: str, row: dict[str, Any]) -> Picture:
     unsafe = not name or posixpath.isabs(below) or below.split("/")[0] in ("..", ".") or "\0" in name
     remote = name.startswith("s3://")
     uri = name if remote else storage.join(folder, below)
+    given = "" if row.get("id") is None else str(row["id"])
     return Picture(
-        id=str(row.get("id") or "") or posixpath.splitext(posixpath.basename(name) if remote else below)[0],
-        name=name,
+        id=given or posixpath.splitext(posixpath.basename(name) if remote else below)[0],
+        name=name if remote or unsafe else below,
         uri=uri,
         prompt=str(row.get("prompt") or ""),
         fps=number("fps", 0.1),
@@ -178,7 +181,9 @@ def _looked_for(picture: Picture) -> Picture:
         return replace(picture, digest=hashlib.sha256(storage.read(picture.uri)).hexdigest())
     except (FileNotFoundError, NotADirectoryError):
         return replace(picture, problem="missing")
-    except IsADirectoryError:
+    except OSError as error:
+        if error.errno not in (errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG):
+            raise
         return replace(picture, problem="damaged")
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from cil.metrics.leakage import leakage, one_step
 from pipelines import artifact, cluster, storage
 from pipelines.artifact import Artifact
-from pipelines.cache import pinned, read_cache
+from pipelines.cache import pinned, read_cache, refuse_other_encoder
 from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.models import family_code, family_of, shape_of
@@ -28,7 +28,14 @@ SPLIT = "test"
 TIMES = 10
 CLIPS_PER_PART = 8
 SEED = 0x1EA  # with a clip's own number, the noise that all rows are asked about
-CODE = ("pipelines.leakage", "pipelines.reader", "cil.metrics.leakage", "cil.metrics.motion", "cil.processes")
+CODE = (
+    "pipelines.leakage",
+    "pipelines.reader",
+    "cil.metrics.leakage",
+    "cil.metrics.motion",
+    "cil.processes",
+    "cil.draws",
+)
 
 
 def measure_leakage(config: Config, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -37,10 +44,12 @@ def measure_leakage(config: Config, names: list[str]) -> dict[str, dict[str, Any
         return {}
     try:
         cache, family = read_cache(config), family_of(config)
+        refuse_other_encoder(cache, family)
+        reader = ClipReader(cache, SPLIT, config.generate.where)
     except UserError as error:
         print(f"{KIND}: not measured: {error}")
         return {}
-    numbers = _clips(config, len(ClipReader(cache, SPLIT, config.generate.where)))
+    numbers = _clips(config, len(reader))
     if not numbers:
         print(f"{KIND}: not measured: no {SPLIT} clip has scores in {config.generate.where}")
         return {}

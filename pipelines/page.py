@@ -2,7 +2,7 @@
 
 import base64
 import html
-import json
+import posixpath
 from pathlib import Path
 from string import Template
 
@@ -142,9 +142,15 @@ def _index(arm: Arm, seed: int) -> dict[str, tuple[str, str]]:
         return {  # of several videos of an image the first
             line["clip_id"]: (storage.join(folder, line["file"]), str(line.get("caption") or ""))
             for line in reversed(lines)
+            if _is_below(line["file"])
         }
     except (OSError, ValueError, ImportError, KeyError, TypeError):  # somebody else's, or elsewhere
         return {}
+
+
+def _is_below(file: str) -> bool:
+    """A video of the folder: whoever made a run may name any file of ours."""
+    return file.endswith(".mp4") and not posixpath.isabs(file) and ".." not in file.split("/") and "://" not in file
 
 
 def _video(uri: str) -> str:
@@ -183,7 +189,8 @@ def _settings(config: Config, study: Study) -> str:
         for run in arm.runs.values():
             try:
                 text = storage.read(storage.join(run.data.tags["cil.scores"], "config.json")).decode()
-                found.setdefault(json.dumps(json.loads(text), indent=1), []).append(arm.name)
+                told = Config.model_validate_json(text)  # another file of that name may hold anything
+                found.setdefault(told.model_dump_json(indent=1), []).append(arm.name)
             except (OSError, ValueError, ImportError, KeyError):
                 continue
     found.setdefault(config.model_dump_json(indent=1), []).append("this comparison")

@@ -22,6 +22,7 @@ COLOURS = ("#3f83c8", "#d9822b", "#2f9e77", "#c2539a", "#8a70d6", "#b8573f", "#8
 STYLE: dict[Any, Any] = {
     **{f"{part}color": INK for part in ("axes.edge", "axes.label", "xtick.", "ytick.", "text.")},
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -183,7 +184,8 @@ def leakage_of(config: Config, study: Study) -> dict[str, dict[str, list[float]]
         for run in arm.runs.values():
             try:
                 read = json.loads(read_file(config, run, LEAKAGE) or b"")
-                curves.append(np.broadcast_arrays(read["t"], read["motion"], read["truth"]))
+                curve = (np.asarray(read[key], float) for key in ("t", "motion", "truth"))
+                curves.append(np.broadcast_arrays(*curve))
             except (ValueError, KeyError, TypeError):  # there is none, or somebody else means something else by it
                 continue
         if same := [curve for curve in curves if np.array_equal(curve[0], curves[0][0])]:
@@ -212,14 +214,8 @@ def _losses(config: Config, study: Study) -> dict[str, list[dict[float, float]]]
                 made = json.loads(storage.read(storage.join(run.data.tags["cil.videos"], "manifest.json")))
                 known_by = made["identity"]["weights"].rpartition("-")[0]  # behind it: averaged or raw
                 used[known_by] = (arm.weights or arm.name, trained[known_by])
-            except (
-                OSError,
-                ValueError,
-                ImportError,
-                KeyError,
-                AttributeError,
-            ):  # not ours, not here, or the real clips
-                continue
+            except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):
+                continue  # not ours, not here, or the real clips
     fine_tuned = {k: v for k, v in used.items() if v[1].data.params.get("parent") != "random"}
     losses: dict[str, list[dict[float, float]]] = {}
     for name, run in (fine_tuned or used).values():

@@ -13,6 +13,7 @@ from cil.metrics.alignment import ClipSimilarity
 from pipelines import artifact, cluster, storage
 from pipelines.artifact import Artifact, Manifest, fingerprint
 from pipelines.config import Config
+from pipelines.errors import UserError
 from pipelines.feature_net import feature_net
 from pipelines.generate import REAL, REFERENCE
 from pipelines.leakage import FILE, measure_leakage
@@ -29,11 +30,15 @@ VIDEOS_PER_PART = 64
 CODE = (
     *("pipelines.score", "pipelines.scorer", "pipelines.sets", "pipelines.video", "cil.images"),
     *(f"cil.metrics.{name}" for name in ("motion", "dynamics", "consistency", "spectra", "alignment", "features")),
-    "cil.metrics.detectors",
+    *("cil.metrics.detectors", "cil.metrics.aesthetics", "cil.nets.openclip"),
 )
 SUMMARY = (
     "pipelines.summary",
     *(f"cil.metrics.{name}" for name in ("frechet", "inception_score", "bootstrap", "motion", "dynamics", "spectra")),
+)
+SAMPLED = (  # of the identity of a row's videos, what its run has as parameters
+    *("family", "precision", "seed", "shift", "row", "where", "clips_per_part"),
+    *("weights", "initial_noise", "cache", "images"),
 )
 KEYS = {"fvd": "score.fvd", "classes": "score.inception"}
 
@@ -86,11 +91,16 @@ def score(config: Config) -> dict[str, Manifest]:
 
 def evaluation(config: Config, scores: Manifest) -> str:
     """What an evaluate run is known by."""
+    own = config.score.model_dump(include={"static_below", "bootstrap", "leakage"})
+    return fingerprint(
+        [posixpath.basename(scores.uri), scores.fingerprint, _measured_to(config), own, artifact.code(*SUMMARY)]
+    )
+
+
+def _measured_to(config: Config) -> str | None:
     reference = storage.join(config.out, "scores", REFERENCE)
     there = storage.exists(storage.join(reference, "manifest.json"))
-    measured_to = artifact.read_manifest(reference, KIND).fingerprint if there else None
-    own = config.score.model_dump(include={"static_below", "bootstrap", "leakage"})
-    return fingerprint([posixpath.basename(scores.uri), scores.fingerprint, measured_to, own, artifact.code(*SUMMARY)])
+    return artifact.read_manifest(reference, KIND).fingerprint if there else None
 
 
 def _parts(sets: dict[str, Videos], name: str, made: Artifact) -> list[Part]:
@@ -116,17 +126,23 @@ def _identities(config: Config, detectors: dict[str, str]) -> dict[str, str]:
 
 
 def _ask(config: Config, detectors: dict[str, str], sets: dict[str, Videos]) -> None:
-    """Each network once, before workers do, about a video that can be decoded."""
+    """Each network once, before workers do, about videos that can be decoded until it answers."""
+    refusal: UserError | None = None
     lines = ((videos.uri, line["file"]) for videos in sets.values() for line in videos.lines[:8])
     for uri, file in lines if detectors else ():
         try:
             frames, _ = seen(storage.read(storage.join(uri, file)), config.score.protocol)
         except (BadVideo, ValueError):
             continue
-        for name, detector in detectors.items():
-            with refusing_weights(KEYS[name]):
-                load_detector(name, detector)(frames[None])
-        return
+        try:
+            for name, detector in detectors.items():
+                with refusing_weights(KEYS[name]):
+                    load_detector(name, detector)(frames[None])
+            return
+        except UserError as error:  # it may be the video, too short for it
+            refusal = refusal or error
+    if refusal:
+        raise refusal
 
 
 # -- of each video -----------------------------------------------------------------------------------------------------
@@ -196,13 +212,13 @@ def _evaluate(config: Config, sets: dict[str, Videos], scores: dict[str, Manifes
 
 def _settings(config: Config, scores: Manifest, videos: Videos) -> dict[str, Any]:
     """What shaped the figures: how they are measured, and of the study's rows sampling, training, noise and data."""
-    measured = scores.identity["networks"] | {"protocol": config.score.protocol}
+    measured = scores.identity["networks"] | {"protocol": config.score.protocol, "reference": _measured_to(config)}
     told: dict[str, Any] = {"score": measured | {"static_below": config.score.static_below}}
     row = config.evaluation_rows().get(posixpath.basename(scores.uri))
     if videos.made is None or row is None:
         return told
     made = videos.made.identity
-    told |= {key: made[key] for key in ("row", "shift", "weights", "initial_noise", "cache", "images") if key in made}
+    told |= {key: made[key] for key in SAMPLED if key in made}
     weights = storage.join(config.out, "weights", row.weights)
     if row.weights in config.training_rows() and storage.exists(storage.join(weights, "manifest.json")):
         told["train"] = artifact.read_manifest(weights, "weights").identity["row"]

@@ -15,10 +15,8 @@ from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.generate import KIND as VIDEOS
 from pipelines.generate import REAL, REFERENCE
-from pipelines.images import TABLES
+from pipelines.images import ENDINGS, TABLES
 from pipelines.scorer import VIDEO
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,7 @@ def generated(made: Manifest) -> Videos:
     # Of an image made elsewhere the name that it has there.
     names = [name_of(line["image"]) if "image" in line else line["clip_id"].replace(":", "_") for line in index]
     lines = [line | {"name": name} for line, name in zip(index, names, strict=True)]
+    lines.sort(key=lambda line: _hash(line["file"]))
     images = {line["name"]: storage.join(made.uri, line["file"]) for line in lines}
     return Videos(made.uri, made.fingerprint, lines, images, made)
 
@@ -88,11 +87,11 @@ def _folder(key: str, uri: str, pictures: bool = False) -> Videos:
     """Of files made elsewhere, known by their names and sizes."""
     if not storage.exists(uri):
         raise UserError(f"{key}={uri}: there is nothing")
-    endings = (*VIDEO, *PICTURES) if pictures else VIDEO
+    endings = (*VIDEO, *ENDINGS) if pictures else VIDEO
     sizes = {file: size for file, size in storage.sizes_below(uri).items() if file.lower().endswith(endings)}
     if not sizes:
         raise UserError(f"{key}={uri}: holds no {'.mp4 and no picture' if pictures else '.mp4'}")
-    files = sorted(sizes, key=lambda file: hashlib.sha256(name_of(file).encode("utf-8", "surrogateescape")).hexdigest())
+    files = sorted(sizes, key=lambda file: _hash(name_of(file)))
     videos = [file for file in files if file.lower().endswith(VIDEO)]
     # A picture before a video of the same name: it is the image itself.
     images = {name_of(file): storage.join(uri, file) for file in [*videos, *(f for f in files if f not in set(videos))]}
@@ -102,6 +101,10 @@ def _folder(key: str, uri: str, pictures: bool = False) -> Videos:
 
 def name_of(file: str) -> str:
     return posixpath.splitext(file)[0]
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _say_overlap(sets: dict[str, Videos]) -> None:

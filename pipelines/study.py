@@ -313,7 +313,12 @@ def _own(run: Any) -> dict[str, str]:
     key, seed = _seed_of(run)
     own = {k: v for k, v in run.data.params.items() if k not in (key, "weights")}
     weights = run.data.tags.get("cil.weights", run.data.params.get("weights"))
-    return own if weights is None else {"weights": _without_seed(weights, key, seed)} | own
+    if weights is None:
+        return own
+    told = {"weights": _without_seed(weights, key, seed)}
+    if "train.seed" not in run.data.params and "weights" in run.data.params:  # one name for many: published
+        told["weights.digest"] = run.data.params["weights"]
+    return told | own
 
 
 def _without_seed(name: str, key: str | None, seed: int) -> str:
@@ -339,7 +344,9 @@ def _videos(run: Any, notes: list[str]) -> list[dict[str, Any]]:
     try:
         lines = storage.read_rows(storage.join(folder, "scores.jsonl"))
         kept = [{k: v for k, v in line.items() if isinstance(v, int | float)} for line in lines]  # not its features
-        return [scores | {"clip_id": line["clip_id"]} for scores, line in zip(kept, lines, strict=True)]
+        return [
+            scores | {"clip_id": line.get("name", line["clip_id"])} for scores, line in zip(kept, lines, strict=True)
+        ]
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         notes.append(f"{run.info.run_name}: {folder}/scores.jsonl cannot be read ({type(error).__name__}); {lacks}.")
         return []
