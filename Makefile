@@ -9,8 +9,8 @@ help: ## what there is
 setup: ## .venv with every version pinned
 	@infra/setup.sh
 
-paper: setup ## the whole road once, ending with the table and the page's path
-	@$(BIN)/python -m jobs.paper
+paper: setup ## the whole road once, ending with the table and the page's path; full=true: as the README's table is made
+	@$(BIN)/python -m jobs.paper $(if $(filter true,$(full)),--full)
 
 demo: setup ## the offline half alone: videos, latent cache, initial noise, and what they hold
 	@for job in make_shapes build_cache initial_noise show_cache; do \

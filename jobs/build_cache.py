@@ -20,4 +20,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    command("build_cache", __doc__, ("family", "catalog", "cache"), run, flags={"--dry-run": "cache.dry_run=true"})
+    command("build_cache", __doc__, ("family", "catalog", "cache"), run, flags={"--dry-run": ["cache.dry_run=true"]})

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -18,11 +19,11 @@ def command(
     sections: tuple[str, ...],
     run: Callable[[Config], None],
     file: str | None = None,
-    flags: Mapping[str, str] | None = None,
+    flags: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Parse, check, run. Exit 2 for what the user must mend, 1 for what a further run may finish.
 
-    `flags`: short for an override, such as {"--dry-run": "cache.dry_run=true"}.
+    `flags`: short for overrides, such as {"--dry-run": ["cache.dry_run=true"]}.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m jobs.{name}",
@@ -32,11 +33,12 @@ def command(
     )
     parser.add_argument("--config", metavar="FILE", default=file, help="YAML file, e.g. jobs/configs/paper.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="what to change in it")
-    for flag, override in (flags or {}).items():
-        parser.add_argument(flag, dest="flags", action="append_const", const=override, help=f"short for {override}")
+    for flag, overrides in (flags or {}).items():
+        told = f"short for {' '.join(overrides)}".replace("%", "%%")
+        parser.add_argument(flag, dest="flags", action="append_const", const=overrides, help=told)
     arguments = parser.parse_args()
     try:
-        config = load(arguments.config, arguments.overrides + (getattr(arguments, "flags", None) or []))
+        config = load(arguments.config, [*chain(*getattr(arguments, "flags", None) or []), *arguments.overrides])
         run(config)
     except UserError as error:
         print(f"{name}: {shown(error)}", file=sys.stderr)

@@ -285,7 +285,9 @@ class RowConfig(Section):
     """One row of a study: the training settings, which are what its MLflow run has as parameters."""
 
     weights: RowOrUri | None = Field(
-        None, description="start from a row of the study or from weights at a URI; none: family.weights, or pre-train"
+        None,
+        description="start from a row of the study (where that has several seeds, from these in turn) or from weights "
+        "at a URI; none: family.weights, or pre-train",
     )
     seeds: list[NonNegativeInt] = Field([0], description="one training for each", min_length=1)
     samples: PositiveInt = Field(640, description="clips seen in the whole training")
@@ -548,8 +550,10 @@ class Config(Section):
         rows: dict[str, TrainingRow] = {}
         for arm, members in self._trained().items():
             for suffix, settings in members.items():
-                for seed in settings.seeds:
-                    row = TrainingRow(arm, arm + suffix, seed, settings)
+                begun_with = [name for name, row in rows.items() if row.arm == settings.weights]
+                for i, seed in enumerate(settings.seeds):
+                    start = begun_with[i % len(begun_with)] if begun_with else settings.weights
+                    row = TrainingRow(arm, arm + suffix, seed, settings.model_copy(update={"weights": start}))
                     _add(rows, _row_name(row.arm, seed, settings.seeds), row)
         return rows
 

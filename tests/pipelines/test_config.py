@@ -312,3 +312,26 @@ def test_timenoise_and_naive_differ_in_one_word():
     naive, timenoise = (load(None, [f"finetune.row.conditioning.kind={kind}"]) for kind in ("none", "timenoise"))
     rows = [c.training_rows()["base"].shaping(TimeNoise(1)) for c in (naive, timenoise)]
     assert [key for key in rows[0] if rows[0][key] != rows[1][key]] == ["conditioning"]
+
+
+def test_the_seeds_of_a_row_begin_in_turn_from_those_of_the_row_that_it_starts_from():
+    given = "{base: {weights: null, seeds: [1, 2]}, naive: {weights: base, seeds: [7, 8, 9]}}"
+    rows = load(None, [f"finetune.rows={given}"]).training_rows()
+    starts = {name: row.settings.weights for name, row in rows.items()}
+    assert starts == {
+        "base-1": None,
+        "base-2": None,
+        "naive-7": "base-1",
+        "naive-8": "base-2",
+        "naive-9": "base-1",
+    }
+
+
+def test_the_full_form_of_the_paper_has_fifteen_seeds_of_each_arm_from_two_bases():
+    from jobs.paper import FILE, FULL
+
+    config = load(FILE, FULL)
+    rows = config.training_rows()
+    starts = [row.settings.weights for row in rows.values() if row.arm == "timenoise"]
+    assert (starts.count("base-1"), starts.count("base-2")) == (8, 7)
+    assert len(config.evaluation_rows()) == 2 + 6 * 15
