@@ -1,7 +1,7 @@
 """Random numbers of which each sample of a batch has its own stream.
 
-A sample's draws are a function of its own key, e.g. (seed, position in the stream), so they are the same whatever
-batch, rank or worker the sample lands in.
+A sample's draws are a function of its own key, e.g. (seed, position in the stream) or (seed, clip_id), so they are the
+same whatever batch, rank or worker the sample lands in.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def stream_seed(*key: int) -> int:
+def stream_seed(*key: int | str) -> int:
     """A well-mixed 64-bit seed for the stream named by `key`."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
 
@@ -19,7 +19,7 @@ def stream_seed(*key: int) -> int:
 class Draws:
     """One generator per sample; every draw has the batch as its first dimension."""
 
-    def __init__(self, keys: Sequence[tuple[int, ...]], device: torch.device | str = "cpu") -> None:
+    def __init__(self, keys: Sequence[tuple[int | str, ...]], device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
         self._generators = [torch.Generator(self.device).manual_seed(stream_seed(*key)) for key in keys]
 

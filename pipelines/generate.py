@@ -11,9 +11,10 @@ from itertools import chain
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cil import CleanCondition, Draws, InitialNoise, guided, sample
+from cil.draws import stream_seed
 from cil.families import Clip, Family
 from cil.families.base import Dropped
 from cil.images import read_image
@@ -29,7 +30,7 @@ from pipelines.models import encoder_of, family_code, family_of, refusing_weight
 from pipelines.parts import Made, Part, chunks, make_parts
 from pipelines.reader import ClipReader, SampleOrder
 from pipelines.video import BadVideo, Reason, encode
-from pipelines.weights import fingerprint_of, network_of, refuse_other_shift
+from pipelines.weights import LastNetwork, fingerprint_of, refuse_other_shift
 
 KIND = "videos"
 CODE = (
@@ -221,7 +222,7 @@ class Sampler:
         self.family = family_of(self.config).to(self.device)
         cache, where = _cache_of(self.config), self.config.generate.where
         self.readers = {n: ClipReader(cache, split, where) for n, split in SPLITS.items()} if cache is not None else {}
-        self._net: tuple[tuple[str, bool] | None, nn.Module] = (None, nn.Identity())
+        self.network = LastNetwork(self.config, self.family, self.device)
 
     def __call__(self, plan: dict[str, Any]) -> Made:
         name, samples, folder = plan["set"], list(plan["samples"]), plan["folder"]
@@ -301,7 +302,7 @@ class Sampler:
             pixels = read_image(data, self.family.height, self.family.width)
         except ValueError as error:
             raise BadVideo("damaged", str(error).partition(": ")[2]) from None
-        known = Clip(picture.prompt, fps, seed=_key(picture.id))
+        known = Clip(picture.prompt, fps, seed=stream_seed(picture.id))
         tensors = self.family.encode(pixels[None, None], [known])
         if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
             raise BadVideo("not_finite", "the encoder gave NaN or inf")
@@ -311,11 +312,11 @@ class Sampler:
 
     @torch.no_grad()
     def sample(self, row: EvaluationRow, clips: dict[str, Tensor], ids: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        family, own, net = self.family, row.settings, self.network(row.weights, row.settings.ema)
+        family, own, net = self.family, row.settings, self.network.of(row.weights, row.settings.ema)
         given = {name: tensor.to(self.device) for name, tensor in clips.items()}
         if own.motion is not None:
             given["motion"] = torch.full((len(ids),), own.motion, device=self.device)
-        draws = Draws([(self.config.seed, seed, _key(id)) for id, seed in zip(ids, seeds, strict=True)])
+        draws = Draws([(self.config.seed, seed, id) for id, seed in zip(ids, seeds, strict=True)])
         condition, _ = family.condition(given, CleanCondition(), torch.zeros(len(ids), device=self.device), None)
         nothing = family.drop(condition, Dropped.all(len(ids), self.device))
         denoise = guided(
@@ -334,20 +335,8 @@ class Sampler:
             return InitialNoise.standard(self.family.latent_shape)
         return initial_noise_of(self.config, kind)[0]
 
-    def network(self, weights: str, averaged: bool) -> nn.Module:
-        """The last one is kept: parts of one row come one after another."""
-        if self._net[0] != (weights, averaged):
-            self._net = (None, nn.Identity())  # the old one goes before the new one comes
-            net = network_of(self.config, self.family, weights, averaged=averaged)
-            self._net = ((weights, averaged), net.to(self.device).eval())
-        return self._net[1]
-
 
 def _line(clip: dict[str, Any], fps: float | None = None, ending: str = "", **told: Any) -> dict[str, Any]:
     own = {name: clip[name] for name in ("clip_id", "caption", "stride")}
     file = f"{clip['clip_id'].replace(':', '_')}{ending}.mp4"
     return {"file": file, **own, "fps": fps or clip["fps"] / clip["stride"], **told}
-
-
-def _key(id: str) -> int:
-    return int(hashlib.sha256(id.encode()).hexdigest()[:12], 16)

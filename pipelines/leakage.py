@@ -3,13 +3,11 @@
 Two rows with the same weights have the same curve: it is before any sampling.
 """
 
-import hashlib
 import json
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
 
 from cil.metrics.leakage import leakage, one_step
 from pipelines import artifact, cluster, storage
@@ -17,17 +15,18 @@ from pipelines.artifact import Artifact
 from pipelines.cache import pinned, read_cache, refuse_other_encoder
 from pipelines.config import Config
 from pipelines.errors import UserError
+from pipelines.generate import REAL, SPLITS
 from pipelines.models import family_code, family_of, shape_of
 from pipelines.parts import Made, Part, chunks, make_parts
 from pipelines.reader import ClipReader, SampleOrder
-from pipelines.weights import fingerprint_of, network_of
+from pipelines.weights import LastNetwork, fingerprint_of
 
 KIND = "leakage"
 FILE = "curve.json"
-SPLIT = "test"
+SPLIT = SPLITS[REAL]
 TIMES = 10
 CLIPS_PER_PART = 8
-SEED = 0x1EA  # with a clip's own number, the noise that all rows are asked about
+SEED = 0x1EA  # with a clip's own id, the noise that all rows are asked about
 CODE = (
     "pipelines.leakage",
     "pipelines.reader",
@@ -127,22 +126,13 @@ class Predictor:
         self.family = family_of(self.config).to(self.device)
         self.reader = ClipReader(read_cache(self.config), SPLIT, self.config.generate.where)
         self.times = self.family.process.times(TIMES).flip(0)  # rising
-        self._net: tuple[tuple[str, bool] | None, nn.Module] = (None, nn.Identity())
+        self.network = LastNetwork(self.config, self.family, self.device)
 
     def __call__(self, plan: dict[str, Any]) -> Made:
-        net, lines = self.network(plan["weights"], plan["ema"]), []
+        net, lines = self.network.of(plan["weights"], plan["ema"]), []
         for number in plan["numbers"]:
             clip_id = self.reader.known(number)["clip_id"]
             batch = {name: tensor.to(self.device) for name, tensor in self.reader.batch([number]).items()}
-            key = (SEED, int(hashlib.sha256(clip_id.encode()).hexdigest()[:12], 16))
-            found = one_step(self.family, net, batch, self.times, key)
+            found = one_step(self.family, net, batch, self.times, (SEED, clip_id))
             lines.append({"clip_id": clip_id, "motion": found.motion, "truth": found.truth, "loss": found.loss})
         return Made(storage.to_rows(lines))
-
-    def network(self, weights: str, averaged: bool) -> nn.Module:
-        """The last one is kept: parts of one row come one after another."""
-        if self._net[0] != (weights, averaged):
-            self._net = (None, nn.Identity())  # the old one goes before the new one comes
-            net = network_of(self.config, self.family, weights, averaged=averaged).eval().to(self.device)
-            self._net = ((weights, averaged), net)
-        return self._net[1]

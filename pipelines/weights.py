@@ -96,6 +96,21 @@ def network_of(config: Config, family: Family, row: str | None, seed: int = 0, a
         return family.network(seed, family.restore(_files(config, family, row, averaged), averaged))
 
 
+class LastNetwork:
+    """A worker's: the last one is kept, as parts of one row come one after another."""
+
+    def __init__(self, config: Config, family: Family, device: str) -> None:
+        self.config, self.family, self.device = config, family, device
+        self._kept: tuple[tuple[str, bool] | None, nn.Module] = (None, nn.Identity())
+
+    def of(self, row: str, averaged: bool) -> nn.Module:
+        if self._kept[0] != (row, averaged):
+            self._kept = (None, nn.Identity())  # the old one goes before the new one comes
+            net = network_of(self.config, self.family, row, averaged=averaged)
+            self._kept = ((row, averaged), net.to(self.device).eval())
+        return self._kept[1]
+
+
 def trained_network(
     config: Config, family: Family, row: RowConfig, seed: int, stored: Mapping[str, Tensor] | None = None
 ) -> nn.Module:

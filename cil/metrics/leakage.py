@@ -1,6 +1,6 @@
 """Conditional image leakage itself: how much the one-step prediction of x_0 from x_t moves, over t.
 
-    found = one_step(family, net, batch, times, key=(seed, number))        # a clip; motion of many, stacked, is [N, K]
+    found = one_step(family, net, batch, times, key=(seed, clip_id))       # a clip; motion of many, stacked, is [N, K]
     lack, excess = leakage(family.process.unit_time(times), motion, truth)
 
 At large t the noisy input says little, and a network that leaks copies the clean conditional image: its prediction
@@ -29,7 +29,9 @@ class OneStep(NamedTuple):
 
 
 @torch.no_grad()
-def one_step(family: Family, net: Any, batch: Mapping[str, Tensor], times: Tensor, key: tuple[int, ...]) -> OneStep:
+def one_step(
+    family: Family, net: Any, batch: Mapping[str, Tensor], times: Tensor, key: tuple[int | str, ...]
+) -> OneStep:
     """Of a clip as it is encoded (tensors with a batch of one), with noise that is a function of (*key, k)."""
     process, x0 = family.process, batch["latents"].float()
     condition, _ = family.condition(dict(batch), CleanCondition(), torch.zeros(1, device=x0.device), None)
