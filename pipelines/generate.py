@@ -122,9 +122,8 @@ def _seeded(row: GenerateRowConfig, samples: list[dict[str, Any]]) -> Iterator[d
     """Of each image its seeds one after the other, so that it is encoded once."""
     for each in samples:
         own = each.get("picture", {}).get("seed")
-        seeds = row.seeds if own is None else [own]
-        for seed in seeds:
-            yield each | {"seed": seed, "ending": f"-seed{seed}" if len(seeds) > 1 else ""}
+        for seed in row.seeds if own is None else [own]:
+            yield each | {"seed": seed, "ending": f"-seed{seed}" if len(row.seeds) > 1 else ""}
 
 
 def choose(config: Config, cache: Cache, name: str) -> list[int]:
@@ -254,7 +253,7 @@ class Sampler:
     def write(self, folder: str, line: dict[str, Any], latents: Tensor) -> None:
         """Decoded one clip at a time: memory does not grow with the part."""
         frames = self.family.decode(latents[None])[0].cpu()
-        storage.write(storage.join(folder, line["file"]), encode(frames, max(round(line["fps"]), 1)))
+        storage.write(storage.join(folder, line["file"]), encode(frames, line["fps"]))
 
     # -- what samples begin with: their lines of the index, and what the family has encoded --------------------------
 

@@ -7,6 +7,7 @@ that hold a frame which is neither wanted nor referred to by another are never d
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any, Literal, Protocol, get_args
 
 import av
@@ -202,7 +203,7 @@ def fit(frames: np.ndarray, height: int, width: int, crop: tuple[float, float, f
     return cover(x, height, width)
 
 
-def encode(frames: Tensor | np.ndarray, fps: int, crf: int = 10) -> bytes:
+def encode(frames: Tensor | np.ndarray, fps: float, crf: int = 10) -> bytes:
     """An H.264 mp4. One thread and no macroblock tree, so that equal frames give equal bytes (docs/log.md)."""
     pictures = np.ascontiguousarray(frames)
     if pictures.shape[1] % 2 or pictures.shape[2] % 2:
@@ -210,7 +211,7 @@ def encode(frames: Tensor | np.ndarray, fps: int, crf: int = 10) -> bytes:
     target = io.BytesIO()
     options = {"crf": str(crf), "threads": "1", "x264-params": "mbtree=0"}
     with av.open(target, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
         for picture in pictures:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

@@ -38,7 +38,7 @@ def command(job: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"jobs.{job}", *arguments]
 
 
-def run(job: str, *arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+def run(job: str, *arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(job, *arguments),
         cwd=ROOT,
@@ -77,14 +77,14 @@ def end(pid: int) -> None:
                 process.kill()
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
+def until(condition: Callable[[], object], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.01)
 
 
-def finished(process: subprocess.Popen, seconds: float = 120) -> str:
+def finished(process: subprocess.Popen, seconds: float = 300) -> str:
     out, error = process.communicate(timeout=seconds)
     assert process.returncode == 0, error
     return out

@@ -135,7 +135,7 @@ def test_a_driver_that_is_killed_is_followed_by_the_same_command(road, smallest,
     kept = {p: p.stat().st_mtime_ns for name in parts.glob("*.index") for p in parts.glob(f"{name.stem}.*")}
     assert kept
 
-    second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    second = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert second.returncode == 0, second.stderr
     assert "clips are there already" in second.stdout
     assert {p: p.stat().st_mtime_ns for p in kept} == kept

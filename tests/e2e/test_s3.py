@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 def job(name: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", f"jobs.{name}", "--config", "tests/smallest.yaml", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
 
 def test_files_are_written_listed_and_read(endpoint):

@@ -22,7 +22,7 @@ from pipelines.config import Config, load
 from pipelines.errors import UserError
 from pipelines.generate import Sampler, generate, refuse_impossible_rows
 from pipelines.images import read_images
-from pipelines.video import decode_all
+from pipelines.video import PyAVDecoder, decode_all
 
 SIZE = ("family.preset=tiny", "family.frames=4", "family.height=16", "family.width=24")
 NAMES = ("a", "b", "c", "d", "e")
@@ -137,7 +137,7 @@ def test_a_table_names_images_with_what_holds_for_each(ending, of, images, capfd
         {
             "image": ["b.png", "a.png", "a.png"],
             "prompt": ["a bee", "an ant, running", None],
-            "fps": [5, None, None],
+            "fps": [5.25, None, None],
             "seed": [None, 7, None],
             "source": "somewhere",
         }
@@ -147,12 +147,13 @@ def test_a_table_names_images_with_what_holds_for_each(ending, of, images, capfd
     made = generate(of(f"generate.images={file}", "generate.seeds=[1, 2]", "generate.fps=null"))["one"]
     told = [tuple(line[key] for key in ("file", "image", "caption", "fps", "seed")) for line in index(made)]
     assert told == [
-        ("b-seed1.mp4", "b.png", "a bee", 5, 1),
-        ("b-seed2.mp4", "b.png", "a bee", 5, 2),
-        ("a.mp4", "a.png", "an ant, running", 8, 7),
+        ("b-seed1.mp4", "b.png", "a bee", 5.25, 1),
+        ("b-seed2.mp4", "b.png", "a bee", 5.25, 2),
+        ("a-seed7.mp4", "a.png", "an ant, running", 8, 7),
         ("a-2-seed1.mp4", "a.png", "", 8, 1),
         ("a-2-seed2.mp4", "a.png", "", 8, 2),
     ]
+    assert PyAVDecoder(storage.read(storage.join(made.uri, "b-seed1.mp4"))).fps == 5.25
     assert "source of table" in capfd.readouterr().out
     file.unlink()
 
@@ -309,7 +310,7 @@ def test_a_published_network_is_told_prompt_image_rate_and_motion(name, settings
     """Of random weights, so that nothing is learned: every input changes the answer."""
     sizes = ("family.height=32", "family.width=32", "generate.clips_per_part=1")
     sampler = Sampler(of(f"family.name={name}", *sizes, "generate.rows={one: {weights: /none}}").model_dump())
-    sampler._net = (("/none", True), sampler.family.network(0).eval())
+    sampler.network._kept = (("/none", True), sampler.family.network(0).eval())
     row = sampler.rows["one"]
 
     def answer(prompt: str = "a cat", image: str = "a.png", **own) -> torch.Tensor:
@@ -380,9 +381,9 @@ def test_a_worker_samples_on_a_gpu_if_it_has_a_share_of_one_and_never_else(of, m
     """Where PyTorch says that there is one, and fails if it is asked for it."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     row = of().evaluation_rows()["one"]
-    Sampler(of().model_dump()).network(row.weights, True)
+    Sampler(of().model_dump()).network.of(row.weights, True)
     with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
-        Sampler(of("generate.gpus=0.5").model_dump()).network(row.weights, True)
+        Sampler(of("generate.gpus=0.5").model_dump()).network.of(row.weights, True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -435,7 +436,7 @@ def latents_of(config: Config, numbers: list[int], images: Path) -> dict[str, to
     sampler = Sampler(config.model_dump())
     if config.family.name != "toy":
         net = sampler.family.network(0).to(sampler.device).eval()
-        sampler._net = ((sampler.rows["one"].weights, True), net)
+        sampler.network._kept = ((sampler.rows["one"].weights, True), net)
     pictures = read_images(str(images))
     samples = [{"picture": vars(pictures[i]), "seed": 0, "ending": ""} for i in numbers]
     lines, batch = sampler.pictures(sampler.rows["one"].settings, samples)
