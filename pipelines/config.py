@@ -455,6 +455,9 @@ class ScoreConfig(Section):
     fvd: Uri | None = Field(None, description="TorchScript I3D of FVD, such as i3d_torchscript.pt; none: no fvd")
     inception: Uri | None = Field(None, description="TorchScript C3D or I3D that classifies videos; none: no is")
     clip: Uri | None = Field(None, description="folder of a CLIP, as transformers keeps it; none: no clip_similarity")
+    raft: Uri | None = Field(
+        None, description="RAFT's weights, such as raft-things.pth: the optical flow is by it; none: by OpenCV's DIS"
+    )
     bootstrap: NonNegativeInt = Field(
         200, description="how often sets are drawn anew for the intervals of fvd and is; 0: no intervals"
     )

@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any
 
 from cil.metrics.alignment import ClipSimilarity
+from cil.metrics.raft import Raft
 from pipelines import artifact, cluster, storage
 from pipelines.artifact import Artifact, Manifest, fingerprint
 from pipelines.config import Config
@@ -30,7 +31,7 @@ VIDEOS_PER_PART = 64
 CODE = (
     *("pipelines.score", "pipelines.scorer", "pipelines.sets", "pipelines.video", "cil.images"),
     *(f"cil.metrics.{name}" for name in ("motion", "dynamics", "consistency", "spectra", "alignment", "features")),
-    *("cil.metrics.detectors", "cil.metrics.aesthetics", "cil.nets.openclip"),
+    *("cil.metrics.detectors", "cil.metrics.aesthetics", "cil.nets.openclip", "cil.metrics.raft", "cil.nets.raft"),
 )
 SUMMARY = (
     "pipelines.summary",
@@ -68,6 +69,7 @@ def score(config: Config) -> dict[str, Manifest]:
         "net": net.uri if net else None,
         "detectors": detectors,
         "clip": config.score.clip,
+        "raft": config.score.raft,
         "measures": config.score.measures,
         "protocol": config.score.protocol,
         "gpu": config.score.gpus > 0,
@@ -78,7 +80,8 @@ def score(config: Config) -> dict[str, Manifest]:
         if config.score.gpus:
             cluster.workers(config.score.gpus, "score.gpus")
         first = [storage.join(sets[name].uri, sets[name].lines[0]["file"]) for name in parts]
-        cluster.refuse_unseen(uri for uri in [*first, *detectors.values()] if storage.is_local(uri))
+        read = [*first, *detectors.values(), config.score.raft]
+        cluster.refuse_unseen(uri for uri in read if uri and storage.is_local(uri))
     for name in parts:
         plans[name].begin(config.model_dump_json(indent=1))
     make_parts(KIND, "videos", [*chain(*parts.values())], Scorer, arguments, gpus=config.score.gpus)
@@ -122,6 +125,9 @@ def _identities(config: Config, detectors: dict[str, str]) -> dict[str, str]:
     if config.score.clip:
         with refusing_weights("score.clip"):
             found["clip"] = ClipSimilarity.load(storage.kept_copy(config.score.clip)).identity
+    if config.score.raft:
+        with refusing_weights("score.raft"):
+            found["raft"] = Raft.load(storage.kept_copy(config.score.raft)).identity
     return found
 
 

@@ -17,6 +17,7 @@ from cil.metrics.detectors import FVD, Detector
 from cil.metrics.dynamics import FPS, fastest, is_dynamic
 from cil.metrics.features import VelocityNet
 from cil.metrics.motion import Flow, first_frame_error
+from cil.metrics.raft import Raft
 from pipelines import storage
 from pipelines.parts import Made
 from pipelines.video import BadVideo, PyAVDecoder, fit
@@ -34,6 +35,7 @@ class Scorer:
         net: str | None,
         detectors: dict[str, str],
         clip: str | None,
+        raft: str | None,
         measures: list[str],
         protocol: str,
         gpu: bool,
@@ -43,6 +45,7 @@ class Scorer:
         self.net = net and load_net(net)
         self.detectors = {name: load_detector(name, uri).to(device) for name, uri in detectors.items()}
         self.clip = clip and ClipSimilarity.load(storage.kept_copy(clip)).to(device)
+        self.flow = Raft.load(storage.kept_copy(raft)).to(device) if raft else Flow
         self.measures, self.protocol = measures, protocol
 
     def __call__(self, plan: dict[str, Any]) -> Made:
@@ -61,7 +64,7 @@ class Scorer:
         """`image`: the file with the conditional image, a picture or the true clip; of a true clip itself."""
         frames, fps = seen(storage.read(uri), self.protocol)
         size = frames.shape[1:3]
-        flow = Flow(frames)
+        flow = self.flow(frames)
         found: dict[str, Any] = {"motion": flow.mean, "dynamic": is_dynamic(fastest(flow), min(size), fps or FPS)}
         if self.net:
             features, velocity = self.net(frames[None])
@@ -72,7 +75,7 @@ class Scorer:
             except (BadVideo, ValueError) as problem:  # the video is as good as before
                 found["image_problem"] = f"{posixpath.basename(image)}: {problem}"[:500]
         if "consistency" in self.measures:
-            error, hidden = warp_error(frames, flow=flow)
+            error, hidden = warp_error(frames, flow=flow, back=self.flow(frames.flip(0)))
             found |= {"warp_error": error if error == error else None, "hidden": hidden}
         if "spectra" in self.measures:
             if max(size) >= spectra.SMALLEST:

@@ -1,5 +1,6 @@
 """Published weights as they are found on disk, of tiny networks, with random values."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -88,3 +89,20 @@ class C3D(nn.Module):
 def saved(module: nn.Module, path: Path) -> str:
     torch.jit.script(module).save(path)
     return str(path)
+
+
+def write_raft(file: Path, step: tuple[float, float], layout: str = "torchvision") -> Path:
+    """Weights of RAFT that see one flow wherever they look: an update adds `step` (x, y), of eight pixels each."""
+    shapes = json.loads((Path(__file__).parent / f"cil/golden/raft_{layout}_full_keys.json").read_text())
+    state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    for name, tensor in state.items():
+        if name.endswith("running_var"):
+            tensor += 1
+        if name.endswith("num_batches_tracked"):
+            state[name] = tensor.long()
+        if name.endswith("flow_head.conv2.bias"):
+            tensor += torch.tensor(step)
+        if name.endswith(("mask.2.bias", "mask_predictor.conv.bias")):
+            tensor[4 * 64 : 5 * 64] = 200  # all is what the pixel in the middle says, of nine
+    torch.save(state, file)
+    return file

@@ -19,15 +19,17 @@ class WarpError(NamedTuple):
     hidden: float  # share of the pixels that the other frame does not see, or of which that is not sure
 
 
-def warp_error(frames: Tensor, longest: int | None = None, flow: Flow | None = None) -> WarpError:
+def warp_error(
+    frames: Tensor, longest: int | None = None, flow: Flow | None = None, back: Flow | None = None
+) -> WarpError:
     """A mean over pairs of frames, by the flow of `motion_score`, on pictures of at most `longest` pixels. `flow`: that
-    of these frames, where it is known already.
+    of these frames, where it is known already; `back`: of these frames in reverse.
 
     A pixel counts if the flow leads it to the other frame, and the flow from there back to where it was (Sundaram et
     al. 2010). So a pair in which nothing can be followed, as at a cut, tells by `hidden` and not by `error`; a video
     all of whose pixels are hidden has an error of NaN. A video that stands still has an error of 0: look at its motion.
     """
-    there, back = flow or Flow(frames, longest), Flow(frames.flip(0), longest)
+    there, back = flow or Flow(frames, longest), back or Flow(frames.flip(0), longest)
     pairs = zip(pairwise(there.pictures), there.fields, reversed(back.fields), strict=True)
     found = [_of_pair(a, b, field, backward) for (a, b), field, backward in pairs]
     squares, seen, pixels = (float(sum(values)) for values in zip(*found, strict=True))

@@ -12,7 +12,7 @@ import scipy.ndimage
 import torch
 from mlflow import MlflowClient
 from PIL import Image
-from published import C3D, I3D, saved, write_clip
+from published import C3D, I3D, saved, write_clip, write_raft
 from test_generate import picture, shaken
 from torch import Tensor
 
@@ -237,6 +237,31 @@ def test_of_more_videos_than_memory_is_meant_for_there_is_a_distance_and_no_inte
     assert {"fvd", "is_low"} < run_of(config).data.metrics.keys()
 
 
+def test_the_flow_is_rafts_where_its_weights_are_given_and_that_shapes_the_scores(told, tmp_path, capfd):
+    """Weights that see 4.8 pixels a frame in whatever they look at, and both ways, of which none leads back."""
+    folder = write_set(tmp_path / "still", 0, ["a"], frames=2, size=(128, 128))
+    write_set(tmp_path / "still/small", 0, ["b"], frames=2)
+    weights = write_raft(tmp_path / "raft.pth", (0.04, 0.03))
+    told_of = f"score.videos={{ours: {folder}}}", f"score.reference={folder}", "score.measures=[consistency]"
+    config = told(*told_of, f"score.raft={weights}")
+    score(config)
+    line = table(config)["a.mp4"]
+    assert (line["motion"], line["dynamic"], line["hidden"]) == (pytest.approx(4.8, rel=1e-5), True, 1)
+    assert "a motion score by RAFT needs" in table(config, file="rejects")["small/b.mp4"]["message"]
+    params = run_of(config).data.params
+    assert len(params["score.raft"]) == 16
+    with pytest.raises(UserError, match="networks"):
+        score(told(*told_of))
+    write_raft(weights, (0.04, 0.0))
+    with pytest.raises(UserError, match="networks"):
+        score(config)
+    other = told(*told_of, f"out={tmp_path}/other")  # by DIS
+    score(other)
+    assert table(other)["a.mp4"]["motion"] < 0.1
+    assert table(other)["small/b.mp4"]["motion"] < 0.1
+    assert {run.data.params.get("score.raft") for run in runs(config, "evaluate")} == {params["score.raft"], None}
+
+
 def test_what_is_dynamic_depends_on_the_frame_rate(told, tmp_path):
     slow, fast = (write_set(tmp_path / f"{fps}", 0.5, ["a", "b"], fps) for fps in (8, 30))
     config = told(f"score.videos={{slow: {slow}, fast: {fast}}}")
@@ -253,6 +278,8 @@ def test_what_is_dynamic_depends_on_the_frame_rate(told, tmp_path):
         (["score.fvd={net}/none.pt"], r"^score\.fvd: .*none\.pt: no such file"),
         (["score.inception={net}/none.pt"], r"^score\.inception: .*none\.pt: no such file"),
         (["score.clip={net}"], r"^score\.clip: .*no config\.json in it"),
+        (["score.raft={net}/none.pt"], r"^score\.raft: .*none\.pt: no such file"),
+        (["score.raft={net}/c3d.pt"], r"^score\.raft: .*c3d\.pt: "),
         (["score.videos.ours={net}"], r"^score\.videos\.ours=.*: holds no \.mp4$"),
         (["score.videos.ours={net}/none"], r"^score\.videos\.ours=.*/none: there is nothing$"),
         (["score.reference={net}"], r"^score\.reference=.*: holds no \.mp4$"),
