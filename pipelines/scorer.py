@@ -35,10 +35,10 @@ class Scorer:
         net: str | None,
         detectors: dict[str, str],
         clip: str | None,
-        raft: str | None,
         measures: list[str],
         protocol: str,
         gpu: bool,
+        raft: str | None = None,
     ) -> None:
         """`net`: the folder of the feature net. `detectors`: files of `fvd` and `classes`."""
         device = "cuda" if gpu and torch.cuda.is_available() else "cpu"

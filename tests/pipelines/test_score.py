@@ -262,6 +262,14 @@ def test_the_flow_is_rafts_where_its_weights_are_given_and_that_shapes_the_score
     assert {run.data.params.get("score.raft") for run in runs(config, "evaluate")} == {params["score.raft"], None}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_rafts_flow_is_on_a_gpu_if_a_worker_has_a_share_of_one(told, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("pipelines.cluster.workers", lambda *gpus: None)
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        score(told("score.gpus=0.5", f"score.raft={write_raft(tmp_path / 'raft.pth', (0, 0))}"))
+
+
 def test_what_is_dynamic_depends_on_the_frame_rate(told, tmp_path):
     slow, fast = (write_set(tmp_path / f"{fps}", 0.5, ["a", "b"], fps) for fps in (8, 30))
     config = told(f"score.videos={{slow: {slow}, fast: {fast}}}")
