@@ -39,7 +39,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(self.conv1(x)).relu()
-        return (self.downsample(x) + self.norm2(self.conv2(y)).relu()).relu()
+        z: Tensor = self.downsample(x) + self.norm2(self.conv2(y)).relu()
+        return z.relu()
 
 
 class Encoder(nn.Module):
