@@ -134,7 +134,7 @@ class RAFT(nn.Module):
 
 def correlations(a: Tensor, b: Tensor) -> list[Tensor]:
     """Of each pixel of a with all of b, features [B, C, h, w]: LEVELS of [B, h * w, y, x], each of half the size."""
-    all_pairs = torch.einsum("b c i, b c y x -> b i y x", a.flatten(2), b) / a.shape[1] ** 0.5
+    all_pairs = torch.einsum("b c i, b c y x -> b i y x", a.flatten(2) / a.shape[1] ** 0.5, b)
     pyramid = [all_pairs]
     while len(pyramid) < LEVELS:
         pyramid.append(F.avg_pool2d(pyramid[-1], 2))
