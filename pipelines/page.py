@@ -158,7 +158,7 @@ def _differences(study: Study) -> str:
     lines = ""
     for name in dict.fromkeys(name for own in told.values() for name in own):
         asked = [arm.name for arm in arms if arm.name not in silent or name.startswith("score.")]
-        if len({told[arm].get(name) for arm in asked}) > 1:
+        if len({_given(told[arm].get(name)) for arm in asked}) > 1:
             cells = "".join(f"<td>{html.escape(_given(own.get(name)))}</td>" for own in told.values())
             lines += f"<tr><th>{html.escape(name)}</th>{cells}</tr>\n"
     of_silent = f"{', '.join(silent)}: nothing is said of how the videos were made." if silent else ""
@@ -171,7 +171,7 @@ def _differences(study: Study) -> str:
 
 
 def _given(value: str | None) -> str:
-    return "-" if value is None else {"": "empty", "None": "none"}.get(value, value)
+    return "-" if value in (None, "", "None") else str(value)
 
 
 def _settings(config: Config, study: Study) -> str:

@@ -17,7 +17,8 @@ from pipelines.artifact import read_manifest
 from pipelines.compare import compare
 from pipelines.config import ClaimConfig, Config, load
 from pipelines.errors import Unfinished, UserError
-from pipelines.page import _status, render
+from pipelines.page import _differences, _settings, _status, _summary, _verdicts, render
+from pipelines.plots import _losses as losses_of
 from pipelines.plots import leakage_of, plots
 from pipelines.score import evaluation
 from pipelines.study import METRICS, Arm, Estimate, Study, Verdict, holm, put_to_the_test, read_study, t_test
@@ -246,7 +247,7 @@ def test_a_claim_about_rows_of_one_seed_is_tested_video_by_video_and_says_so():
     arms = {name: with_videos(name, values, "motion", seed=len(name)) for name, values in rows.items()}
     v = put_to_the_test(claim(), arms)
     assert (v.word, v.p) == ("holds, of one seed", None)
-    assert v.figures == "motion score +0.060 [0.057, 0.063], 30 videos, p 0.0001"
+    assert v.figures == "motion score +0.060 [0.057, 0.063], 30 videos, p below 0.0001"
     assert put_to_the_test(claim(expected="lower"), arms).word == "the opposite holds, of one seed"
     arms["cure"] = with_videos("cure", [x + 0.05 * (-1) ** i for i, x in enumerate(base)], "motion")
     assert put_to_the_test(claim(), arms).word == "not shown, of one seed"
@@ -549,16 +550,15 @@ def test_a_comparison_of_another_experiment_is_logged_there(own):
 
 def test_runs_of_one_experiment_are_compared_there_and_of_several_in_that_of_the_configuration(own, tmp_path):
     other = small_study.config_of(tmp_path / "other", f"tracking.uri={store_uri(own)}", "tracking.experiment=other")
-    theirs, client = small_study.make(other, clips=4), MlflowClient(store_uri(own))
+    theirs = small_study.make(other, clips=4)
     of_one = asked(own, runs=[theirs["naive-11"], theirs["timenoise-11"]])
-    compare(of_one.model_copy(update={"tracking": own.tracking}))
-    assert (len(runs(other, "compare")), len(runs(own, "compare"))) == (1, 0)
-    assert client.get_experiment_by_name(of_one.tracking.experiment) is None
     of_both = asked(own, runs=[theirs["naive-11"], ids(own)["timenoise-11"]])
-    made = compare(of_both.model_copy(update={"tracking": own.tracking}))
-    assert (len(runs(other, "compare")), len(runs(own, "compare"))) == (1, 1)
-    table = Path(made.uri, "table.md").read_text()
-    assert "of several experiments, a small study, other; this comparison stands in a small study." in table
+    assert (read_study(of_one).name, read_study(of_one).notes) == ("other", [])
+    found = read_study(of_both)
+    assert found.name == of_both.tracking.experiment == "shapes"
+    assert found.notes[0] == (
+        "The runs are of several experiments, a small study, other; this comparison stands in shapes."
+    )
 
 
 def test_two_runs_of_one_seed_are_compared_video_by_video(own):
@@ -567,12 +567,12 @@ def test_two_runs_of_one_seed_are_compared_video_by_video(own):
     config = asked(own, runs=[known["real"], known["naive-11"], known["timenoise-11"]], claims=about)
     found = read_study(config)
     assert marks(found, "motion") == {"real": "", "naive": "", "timenoise": "best"}
-    page = Path(compare(config).uri, "index.html").read_text()
-    assert "TimeNoise moves more than naive fine-tuning: <b>holds, of one seed</b>" in page
-    assert "24 videos, p 0.0001" in page
-    assert "1 claims: 1 hold of one seed." in page
-    assert "videos of one seed are compared by sign flips" in page
-    assert "of one seed, paired video by video (sign flips)" in page
+    assert "of one seed, paired video by video (sign flips)" in " ".join(legend(tabulate(found)))
+    claimed = [put_to_the_test(each, found.arms) for each in config.compare.claims]
+    assert "- TimeNoise moves more than naive fine-tuning: **holds, of one seed**" in markdown(found, [], claimed)
+    assert "24 videos, p below 0.0001" in _verdicts(claimed)
+    assert "videos of one seed are compared by sign flips" in _verdicts(claimed)
+    assert _summary(claimed) == "1 claims: 1 hold of one seed."  # and none that counts for other seeds
 
 
 def test_agreement_is_told_by_the_base_that_each_seed_begins_from(tmp_path):
@@ -581,8 +581,9 @@ def test_agreement_is_told_by_the_base_that_each_seed_begins_from(tmp_path):
     of = read_study(config)
     assert of.arms["naive"].bases == of.arms["early-start-700"].bases == {11: "base-1", 12: "base-2", 13: "base-1"}
     assert of.arms["base"].bases == of.arms["real"].bases == {}
-    assert "3 of 3 seeds (base-1: 2 of 2, base-2: 1 of 1), p" in page(config, of)
-    assert "They begin from 2 bases, base-1, base-2." in page(config, of)
+    claimed = [put_to_the_test(each, of.arms) for each in config.compare.claims]
+    assert "3 of 3 seeds (base-1: 2 of 2, base-2: 1 of 1), p" in _verdicts(claimed)
+    assert "They begin from 2 bases, base-1, base-2." in _status(of, claimed)
 
 
 def drawn(config: Config, of: Study) -> list[str]:
@@ -704,17 +705,16 @@ def test_a_set_made_elsewhere_stands_beside_the_study_and_says_what_it_lacks(own
     assert "<tr><th>steps</th>" not in told  # the same in all that say it
 
 
-def test_what_some_runs_lack_differs_too(studied):
+def test_what_some_runs_lack_differs_too():
     of = study(arm("one", 1.0), arm("two", 2.0), arm("three", 2.0), arm("four", 2.0))
-    for each, told in zip(of.arms.values(), ({"lr": "1"}, {"lr": "1", "clip": ""}, {"clip": "None"}, {}), strict=True):
+    for each, told in zip(of.arms.values(), ({"lr": "1"}, {"lr": "1", "clip": "None"}, {"clip": "5"}, {}), strict=True):
         each.runs[0].data.params = {"steps": "5"} | told if each.name != "four" else {"score.fvd": "a"}
-    for each in of.arms.values():
-        each.runs[0].info = SimpleNamespace(run_id="none", experiment_id="0")
-    told = page(studied, of).partition('<table class="differences">')[2].partition("</div>")[0]
+    told = _differences(of)
     assert "<th>lr</th><td>1</td><td>1</td><td>-</td><td>-</td>" in told
-    assert "<th>clip</th><td>-</td><td>empty</td><td>none</td><td>-</td>" in told
+    assert "<th>clip</th><td>-</td><td>-</td><td>5</td><td>-</td>" in told
     assert "<th>score.fvd</th><td>-</td><td>-</td><td>-</td><td>a</td>" in told
     assert "steps" not in told
+    assert "<li>four: nothing is said of how the videos were made.</li>" in told
 
 
 def test_what_differs_between_the_rows_is_told_and_what_does_not_is_not(studied):
@@ -733,13 +733,14 @@ def test_another_file_in_the_place_of_a_configuration_is_not_shown(own):
     Path(own.out, "scores/naive-11/config.json").write_text('{"a secret": "of somebody"}')
     Path(own.out, "scores/naive-12/config.json").write_text('{"seed": "no number"}')
     Path(own.out, "scores/naive-13/config.json").write_bytes(b"\xff")
-    text = page(own, read_study(own))
+    text = _settings(own, read_study(own))
     assert "a secret" not in text
+    assert "no number" not in text
     assert text.count("<summary>The whole configuration of") == 1
 
 
 def test_dollar_signs_in_names_are_letters(studied):
-    (_, svg), *_ = plots(studied, study(arm("costs 5$ or $6", 1.0, 2.0), arm("$\\frac{$", 2.0, 3.0)))
+    _, svg = next(plots(studied, study(arm("costs 5$ or $6", 1.0, 2.0), arm("$\\frac{$", 2.0, 3.0))))
     assert "costs 5$ or $6" in svg
     assert "$\\frac{$" in svg
 
@@ -755,12 +756,12 @@ def test_a_leakage_curve_of_another_kind_is_left_out(own):
     assert leakage_of(own, of)["naive"]["motion"][2] == pytest.approx(of.arms["naive"].values("motion")[13] / 2)
 
 
-def test_a_manifest_of_another_kind_leaves_the_loss_out(own):
-    for kept in Path(own.out, "videos").glob("*/manifest.json"):
-        kept.write_text('{"identity": null}')
-    said = drawn(own, read_study(own))
-    assert said
-    assert not [each for each in said if each.startswith("Training loss")]
+def test_the_loss_is_left_out_where_a_manifest_is_of_another_kind(own):
+    of = read_study(own)
+    assert len(losses_of(own, of)["timenoise"]) == 3
+    for name, text in [("timenoise-11", '{"identity": null}'), ("timenoise-12", '{"identity": {"weights": 5}}')]:
+        Path(own.out, "videos", name, "manifest.json").write_text(text)
+    assert len(losses_of(own, of)["timenoise"]) == 1
 
 
 def test_rows_of_published_weights_are_told_apart_by_their_digest(own):
