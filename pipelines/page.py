@@ -14,6 +14,7 @@ from pipelines.study import CONFIDENCE, Study, Verdict, holm
 from pipelines.table import SIGNS, Cell, Column, holes, legend
 
 TEMPLATE = Path(__file__).with_name("page.html")
+LONG = 36  # letters of a name that takes several lines
 ENOUGH = 10  # seeds; with fewer, a comparison is indicative
 KINDS = {"holds": "yes", "the opposite holds": "no"}
 COUNTED = {
@@ -109,9 +110,14 @@ def _table(study: Study, columns: list[Column]) -> str:
         cells = "".join(_cell(column.cells[arm.name]) for column in columns)
         kind = ' class="real"' if arm.name == REAL else ""
         seeds = len(arm.runs)
-        name = html.escape(arm.name)
-        body += f'<tr{kind}><th data-value="{place}">{name}</th><td data-value="{seeds}">{seeds}</td>{cells}</tr>\n'
+        name = _head(arm.name, f' data-value="{place}"')
+        body += f'<tr{kind}>{name}<td data-value="{seeds}">{seeds}</td>{cells}</tr>\n'
     return f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+
+
+def _head(name: str, more: str = "") -> str:
+    kind = ' class="long"' if len(name) > LONG else ""
+    return f"<th{kind}{more}>{html.escape(name)}</th>"
 
 
 def _cell(cell: Cell) -> str:
@@ -134,7 +140,7 @@ def _clips(shown: SideBySide) -> str:
     lines = f"<thead><tr><th></th>{head}</tr></thead><tbody>\n" if shown.prompts else "<tbody>"
     for name, clips in shown.rows.items():
         cells = "".join(f"<td>{_video(clip)}</td>" for clip in clips)
-        lines += f"<tr><th>{html.escape(name)}</th>{cells}</tr>\n"
+        lines += f"<tr>{_head(name)}{cells}</tr>\n"
     return f"{lines}</tbody>"
 
 
@@ -160,11 +166,11 @@ def _differences(study: Study) -> str:
         asked = [arm.name for arm in arms if arm.name not in silent or name.startswith("score.")]
         if len({_given(told[arm].get(name)) for arm in asked}) > 1:
             cells = "".join(f"<td>{html.escape(_given(own.get(name)))}</td>" for own in told.values())
-            lines += f"<tr><th>{html.escape(name)}</th>{cells}</tr>\n"
+            lines += f"<tr>{_head(name)}{cells}</tr>\n"
     of_silent = f"{', '.join(silent)}: nothing is said of how the videos were made." if silent else ""
     if not lines:
         return f"<p>Nothing that the runs say of themselves differs between the rows.</p>\n{_list([of_silent])}"
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in told)
+    head = "".join(map(_head, told))
     table = f"<thead><tr><th>parameter</th>{head}</tr></thead><tbody>{lines}</tbody>"
     region = '<div class="wide" tabindex="0" role="region" aria-label="What differs">'
     return f'{region}<table class="differences">{table}</table></div>\n{_list([of_silent])}'

@@ -359,7 +359,7 @@ def _of_runs(config: Config) -> Study:
                 notes.append(f"{told} {why}; it is left out.")
             continue
         key, seed = seed_of(run)
-        row = _without_seed(run.data.tags.get("cil.row", run.info.run_name), key, seed)
+        row = shown(_without_seed(run.data.tags.get("cil.row", run.info.run_name), key, seed))
         # What nobody has named a row is known by its parameters, if a seed is among them.
         called = row if "cil.row" in run.data.tags or key is None else ""
         own = sorted(f"{k}={v}" for k, v in _own(run).items())
@@ -389,7 +389,7 @@ def _named_apart(arms: list[Arm]) -> dict[str, Arm]:
     for arm in arms:
         twins = [a.parameters for a in arms if a.name == arm.name]
         differing = {k: v for k, v in arm.parameters.items() if len({twin.get(k) for twin in twins}) > 1}
-        told = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in differing.items())
+        told = ", ".join(f"{key.rpartition('.')[2]}={shown(value)}" for key, value in differing.items())
         name = f"{arm.name} ({told})" if told else arm.name
         same = sum(other == name or other.startswith(f"{name} #") for other in named)
         named[f"{name} #{same + 1}" if same else name] = arm

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from cil.metrics.paired import paired
+from pipelines.errors import shown
 from pipelines.generate import REAL
 from pipelines.study import (
     CONFIDENCE,
@@ -191,14 +192,14 @@ def markdown(study: Study, columns: list[Column], verdicts: list[Verdict]) -> st
     rows = [["row", "seeds", *(column.label for column in columns)]]
     for arm in study.arms.values():
         cells = [column.cells[arm.name] for column in columns]
-        shown = [f"**{cell}**" if cell.mark == "best" else str(cell) for cell in cells]
-        rows.append([arm.name.replace("|", "\\|"), str(len(arm.runs)), *shown])
+        figures = [f"**{cell}**" if cell.mark == "best" else str(cell) for cell in cells]
+        rows.append([arm.name.replace("|", "\\|"), str(len(arm.runs)), *figures])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     lines += ["", " ".join(legend(columns)), ""]
     lines += [f"- {v.claim.says}: **{v.word}** ({v.figures})" for v in verdicts]
-    missing = [f"- {note}" for note in [*study.notes, *holes(study, columns)]]
+    missing = [f"- {shown(note)}" for note in [*study.notes, *holes(study, columns)]]
     return "\n".join([*lines, *(["", "Missing:", "", *missing] if missing else [])]) + "\n"
 
 

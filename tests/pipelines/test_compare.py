@@ -736,7 +736,22 @@ def test_another_file_in_the_place_of_a_configuration_is_not_shown(own):
     text = _settings(own, read_study(own))
     assert "a secret" not in text
     assert "no number" not in text
-    assert text.count("<summary>The whole configuration of") == 1
+    assert text.count("<summary>The whole configuration of") == 2  # the study's and this one
+
+
+def test_names_of_strangers_do_nothing_in_a_terminal(own):
+    client = MlflowClient(store_uri(own))
+    theirs = client.create_experiment("theirs", artifact_location=f"file://{own.out}/theirs")
+    for name in ("\x1b[2Jgone", "a\u202eb"):
+        made = client.create_run(theirs, run_name=name).info.run_id
+        client.log_metric(made, "fvd", 1.0)
+        client.set_tag(made, "cil.scores", "/nowhere/\x1b[2J")
+    found = read_study(asked(own, experiment="theirs"))
+    table = markdown(found, tabulate(found), [])
+    assert "\\x1b[2Jgone" in table
+    assert "a\\u202eb" in table
+    assert "\x1b" not in table
+    assert "\u202e" not in table
 
 
 def test_dollar_signs_in_names_are_letters(studied):
