@@ -39,7 +39,7 @@ def render(config: Config, study: Study, columns: list[Column], verdicts: list[V
         table=_table(study, columns),
         legend=html.escape(" ".join(legend(columns))),
         missing=_missing(missing),
-        seed=f" Trainings are those of seed {shown.seed}." if shown.seed is not None else "",
+        about=_about(shown),
         clips=_clips(shown),
         holes=_list(shown.notes),
         plots="\n".join(
@@ -53,7 +53,7 @@ def render(config: Config, study: Study, columns: list[Column], verdicts: list[V
 
 def _status(study: Study, verdicts: list[Verdict]) -> str:
     """What is tested on the fewest seeds decides; without a test, the two rows that have the most."""
-    tested = [len(v.differences) for v in verdicts if v.outcome != "not tested"]
+    tested = [max(len(v.differences), 1) for v in verdicts if v.outcome != "not tested"]
     seeds = min(tested or sorted(len(arm.runs) for arm in study.arms.values())[-2:])
     bases = sorted({base for arm in study.arms.values() for base in arm.bases.values()})
     begun = f" They begin from {len(bases)} bases, {', '.join(bases)}." if len(bases) > 1 else ""
@@ -135,13 +135,23 @@ def _missing(notes: list[str]) -> str:
     return f'<details class="missing" open><summary>What is missing ({len(notes)})</summary><ul>{lines}</ul></details>'
 
 
+def _about(shown: SideBySide) -> str:
+    if not shown.prompts:
+        return ""
+    seed = f" Trainings are those of seed {shown.seed}." if shown.seed is not None else ""
+    return f"In each column the same image, prompt and seed.{seed}"
+
+
 def _clips(shown: SideBySide) -> str:
+    if not shown.prompts:
+        return ""
     head = "".join(f'<th class="prompt">{html.escape(prompt)}</th>' for prompt in shown.prompts)
-    lines = f"<thead><tr><th></th>{head}</tr></thead><tbody>\n" if shown.prompts else "<tbody>"
+    lines = f"<thead><tr><th></th>{head}</tr></thead><tbody>\n"
     for name, clips in shown.rows.items():
         cells = "".join(f"<td>{_video(clip)}</td>" for clip in clips)
         lines += f"<tr>{_head(name)}{cells}</tr>\n"
-    return f"{lines}</tbody>"
+    region = '<div class="wide" tabindex="0" role="region" aria-label="Clips">'
+    return f'{region}<table class="clips">\n{lines}</tbody></table></div>'
 
 
 def _video(clip: bytes | None) -> str:

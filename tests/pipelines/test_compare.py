@@ -653,6 +653,10 @@ def test_a_page_is_indicative_where_something_is_compared_on_fewer_than_ten_seed
     )
     claimed = [put_to_the_test(claim(against=against), of.arms) for against in ("naive", "real", "gone")]
     assert _status(of, claimed).startswith(f"Indicative: {of_one} seeds at the fewest.") == indicative
+    of_one_seed = {
+        name: with_videos(name, [x, x + 1], "motion", seed) for name, x, seed in [("cure", 2, 3), ("naive", 1, 4)]
+    }
+    assert _status(of, [put_to_the_test(claim(), of_one_seed)]).startswith("Indicative: 1 seed at the fewest.")
     without = study(*(each for each in of.arms.values() if each.name != "cure"), arm("c", *range(of_one)))
     assert _status(without, []).startswith("Indicative") == indicative
 
