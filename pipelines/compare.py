@@ -14,7 +14,7 @@ from pipelines.tracking import Run
 
 KIND = "comparison"
 HEADLINES = {"motion", "motion_error", "speed", "static_share", "first_frame_error", "leakage", "frechet", "fvd", "is"}
-CODE = ("compare", "page", "plots", "study", "table")
+CODE = ("compare", "page", "plots", "side_by_side", "study", "table")
 
 
 def compare(config: Config) -> Manifest:

@@ -767,6 +767,9 @@ def _check(config: Config) -> None:
     if config.compare.runs and (config.compare.experiment or config.compare.filter):
         raise UserError("compare.runs: instead of compare.experiment and compare.filter, not beside them")
     known = ["real", *config.arms(), *config.score.videos]
+    for claim in config.compare.claims:
+        if claim.row == claim.against:
+            raise UserError(f"compare.claims: {claim.says!r} is about {claim.row!r} against itself")
     for claim in [] if config.compare.of_runs else config.compare.claims:
         for named in (claim.row, claim.against):
             if named not in known:

@@ -10,6 +10,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from pipelines import storage
 from pipelines.config import Config
@@ -26,7 +27,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "axes.prop_cycle": plt.cycler(linestyle=("-", ":", "--", "-.")) * plt.cycler(color=COLOURS),
     "legend.frameon": False,
     "legend.fontsize": 7.5,
 }
@@ -37,6 +38,7 @@ SWEPT = {
 }
 OVER = ("motion", "frechet", "fvd")  # metrics that are drawn for each row, and over what is swept
 LEAKAGE = "leakage.json"
+LONGEST = 32  # letters of a row's name
 
 
 def plots(config: Config, study: Study) -> Iterator[tuple[str, str]]:
@@ -85,6 +87,22 @@ def _draw_real(study: Study, metric: str, line: Callable[..., Any]) -> None:
         line(real.mean, color=INK, linestyle="--", linewidth=1, label="real clips")
 
 
+def _legend(axes: Axes) -> None:
+    """Inside; of many lines below."""
+    handles, labels = axes.get_legend_handles_labels()
+    labels, figure = [_short(label) for label in labels], axes.get_figure()
+    assert isinstance(figure, Figure)
+    if len(handles) > len(COLOURS) + 1:
+        figure.set_figheight(figure.get_figheight() + 0.08 * len(handles))
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    elif handles:
+        axes.legend(handles, labels)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}…{name[-LONGEST // 2 + 1 :]}"
+
+
 def _plot_rows(axes: Axes, study: Study, metric: str) -> None:
     arms = [arm for arm in study.arms.values() if arm.name != REAL]
     for place, arm in enumerate(arms):
@@ -93,9 +111,8 @@ def _plot_rows(axes: Axes, study: Study, metric: str) -> None:
             axes.plot(values, [place] * len(values), "o", color="0.55", markersize=3.5)
             axes.errorbar(estimate.mean, place, xerr=_interval(estimate), fmt="D", color="C0", markersize=5, capsize=3)
     _draw_real(study, metric, axes.axvline)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
-    axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
+    _legend(axes)
+    axes.set_yticks(range(len(arms)), [_short(arm.name) for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.set_xlabel(METRICS[metric].label)
 
@@ -153,8 +170,7 @@ def _plot_curves(axes: Axes, study: Study, lines: dict[str, list[tuple[float, Ar
             spread = np.hstack([_interval(estimate) for _, estimate in told])
             axes.errorbar(places, [e.mean for _, e in told], yerr=spread, fmt="o-", markersize=4, capsize=3, label=name)
     _draw_real(study, metric, axes.axhline)
-    if any(named for named in axes.get_legend_handles_labels()[1]):
-        axes.legend()
+    _legend(axes)
     axes.set_xticks(
         [v if np.isfinite(v) else end for v in values], [f"{v:g}" if np.isfinite(v) else "T" for v in values]
     )
@@ -173,7 +189,7 @@ def _plot_distribution(axes: Axes, study: Study) -> None:
             axes.plot(motion, (np.arange(len(motion)) + 1) / len(motion), label=arm.name, **style)
     axes.set_xlabel("motion score of a video")
     axes.set_ylabel("share of videos below")
-    axes.legend()
+    _legend(axes)
 
 
 def leakage_of(config: Config, study: Study) -> dict[str, dict[str, list[float]]]:
@@ -200,7 +216,7 @@ def _plot_leakage(axes: Axes, curves: dict[str, dict[str, list[float]]]) -> None
     axes.plot(first["t"], first["truth"], color=INK, linestyle="--", label="truth")
     axes.set_xlabel("diffusion time t")
     axes.set_ylabel("motion score")
-    axes.legend()
+    _legend(axes)
 
 
 def _losses(config: Config, study: Study) -> dict[str, list[dict[float, float]]]:
@@ -231,4 +247,4 @@ def _plot_loss(axes: Axes, losses: dict[str, list[dict[float, float]]]) -> None:
         axes.plot(places, [np.mean([buckets[t] for buckets in seeds]) for t in places], marker=".", label=name)
     axes.set_xlabel("diffusion time t (where a tenth of it begins)")
     axes.set_ylabel("training loss")
-    axes.legend()
+    _legend(axes)

@@ -13,13 +13,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from scipy.stats import t
 
+from cil.metrics.paired import Paired, paired
 from pipelines import artifact, storage
 from pipelines.config import ClaimConfig, Config
 from pipelines.errors import UserError, shown
 from pipelines.generate import REAL
 from pipelines.score import KIND as SCORES
 from pipelines.score import evaluation
-from pipelines.tracking import refuse_unreachable, run_of, runs, search
+from pipelines.tracking import experiments, refuse_unreachable, run_of, runs, search
 
 CONFIDENCE = 0.95
 EVALUATE = "evaluate"
@@ -52,6 +53,20 @@ METRICS = {
     "spectrum_time": Metric("temporal spectrum error", "lower", "dB"),
 }
 OF_VIDEOS = {"dynamic_degree": "dynamic"}  # what a metric is a mean of, where its name is another one
+TRUE = "the true clips"
+FRAMES, FLOW, REFERENCE = "score.protocol", "score.raft", "score.reference"
+MEASURED_BY: dict[str, tuple[str, ...]] = {  # parameters in which runs must agree, or figures are of different things
+    **dict.fromkeys(METRICS, (FRAMES,)),
+    **dict.fromkeys(("motion", "motion_error", "motion_off", "dynamic_degree"), (FRAMES, TRUE, FLOW)),
+    **dict.fromkeys(("frechet", "spectrum_space", "spectrum_time"), (FRAMES, REFERENCE)),
+    "static_share": (FRAMES, TRUE, FLOW, "score.static_below"),
+    "speed": (FRAMES, TRUE),
+    "warp_error": (FRAMES, FLOW),
+    "fvd": (FRAMES, REFERENCE, "score.fvd"),
+    "is": (FRAMES, "score.classes"),
+    "clip_similarity": (FRAMES, "score.clip"),
+    "leakage": (),
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,8 @@ class Arm:
     runs: dict[int, Any] = field(default_factory=dict)  # seed -> MLflow run
     videos: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # seed -> the scores of its videos
     real: "Arm | None" = None  # the true clips that it is measured against
+    yardstick: str = ""  # what they are known by
+    bases: dict[int, str] = field(default_factory=dict)  # seed -> the weights that its training begins from
 
     @property
     def first(self) -> int:
@@ -123,6 +140,11 @@ class Arm:
                 found.setdefault(scores["clip_id"], []).append(scores[name])
         return {clip: float(np.mean(values)) for clip, values in found.items()}
 
+    def measured_by(self, metric: str) -> dict[str, str]:
+        """What its figures of this metric depend on beside its videos. `-`: nothing is said."""
+        told = self.runs[self.first].data.params | {TRUE: self.yardstick}
+        return {name: told.get(name, "-") for name in MEASURED_BY.get(metric, ())}
+
     @property
     def parameters(self) -> dict[str, str]:
         """Of its runs; `row.M` is left out where there is `M`, and the size of a noise where there is none."""
@@ -135,7 +157,7 @@ class Arm:
     def weights(self) -> str:
         """The row of the training that its weights come from, or their URI."""
         run = self.runs[self.first]
-        return _without_seed(run.data.tags.get("cil.weights", ""), *_seed_of(run))
+        return _without_seed(run.data.tags.get("cil.weights", ""), *seed_of(run))
 
 
 @dataclass
@@ -148,31 +170,69 @@ class Study:
 @dataclass(frozen=True)
 class Verdict:
     claim: ClaimConfig
-    differences: list[float]  # one for each seed that both rows have
+    differences: dict[int, float]  # one for each seed that both rows have
+    bases: dict[int, str] = field(default_factory=dict)  # what these seeds begin from
+    untested: str = ""  # why
+    videos: Paired | None = None  # of one seed, where fewer than two are common
+
+    @property
+    def outcome(self) -> str:
+        if self.untested:
+            return "not tested"
+        if self.videos:
+            shown, mean = self.videos.p < 1 - CONFIDENCE, self.videos.mean
+        else:
+            d = Estimate.of(self._values)
+            assert d.half is not None
+            shown, mean = abs(d.mean) > d.half, d.mean
+        word = ("holds" if self._sign * mean > 0 else "the opposite holds") if shown else "not shown"
+        return f"{word}, of one seed" if self.videos else word
+
+    @property
+    def contrary(self) -> list[str]:
+        """The bases of whose seeds the mean has the other sign than that of all, where the verdict is one."""
+        if self.untested or self.videos or self.outcome == "not shown":
+            return []
+        mean = np.mean(self._values)
+        return [base for base, own in self._by_base().items() if np.mean(own) * mean < 0]
 
     @property
     def word(self) -> str:
-        if len(self.differences) < 2:
-            return f"not tested ({len(self.differences)} common seeds)"
-        d = Estimate.of(self.differences)
-        assert d.half is not None
-        if abs(d.mean) <= d.half:
-            return "not shown"
-        return "holds" if self._sign * d.mean > 0 else "the opposite holds"
+        if self.untested:
+            return f"not tested ({self.untested})"
+        return self.outcome + (f", but not from {' or '.join(self.contrary)}" if self.contrary else "")
 
     @property
     def p(self) -> float | None:
-        """Of the same t-test."""
-        return t_test(self.differences) if len(self.differences) > 1 else None
+        """Of the same t-test; none where it is not made."""
+        return t_test(self._values) if len(self.differences) > 1 and not self.untested else None
 
     @property
     def figures(self) -> str:
+        label = METRICS[self.claim.metric].label
+        if self.videos:
+            v = self.videos
+            return f"{label} {Estimate(v.mean, v.low, v.high, 1):+}, {v.pairs} videos, p {_written(v.p)}"
         if not self.differences:
             return "no figures"
-        agree = sum(self._sign * d > 0 for d in self.differences)
-        difference = Estimate.of(self.differences)
-        label, seeds = METRICS[self.claim.metric].label, f"{agree} of {len(self.differences)} seeds"
+        seeds = f"{self._agreeing(self._values)} seed{'s' if len(self.differences) > 1 else ''}"
+        if len(by_base := self._by_base()) > 1:
+            seeds += f" ({', '.join(f'{base}: {self._agreeing(own)}' for base, own in by_base.items())})"
+        difference = Estimate.of(self._values)
         return f"{label} {difference:+}, {seeds}" + (f", p {_written(self.p)}" if self.p is not None else "")
+
+    @property
+    def _values(self) -> list[float]:
+        return list(self.differences.values())
+
+    def _by_base(self) -> dict[str, list[float]]:
+        found: dict[str, list[float]] = {}
+        for seed, difference in self.differences.items():
+            found.setdefault(self.bases.get(seed, "unknown"), []).append(difference)
+        return dict(sorted(found.items()))
+
+    def _agreeing(self, differences: list[float]) -> str:
+        return f"{sum(self._sign * d > 0 for d in differences)} of {len(differences)}"
 
     @property
     def _sign(self) -> int:
@@ -201,11 +261,43 @@ def holm(values: list[float], tests: int) -> list[float]:
 
 
 def put_to_the_test(claim: ClaimConfig, arms: dict[str, Arm]) -> Verdict:
-    ours, theirs = (arms[name].values(claim.metric) if name in arms else {} for name in (claim.row, claim.against))
-    if claim.against == REAL and theirs:  # the same for every seed
-        theirs = dict.fromkeys(ours, next(iter(theirs.values())))
-    seeds = sorted(ours.keys() & theirs.keys())
-    return Verdict(claim, [ours[s] - theirs[s] for s in seeds])
+    """Seed by seed, or where fewer than two are common video by video. The real row is the same for every seed."""
+    metric, label = claim.metric, METRICS[claim.metric].label
+    named = (claim.row, claim.against)
+    if absent := [name for name in named if name not in arms]:
+        return Verdict(claim, {}, untested=f"there are no runs of {' and '.join(absent)}")
+    ours, theirs = (arms[name] for name in named)
+    if lacking := [arm.name for arm in (ours, theirs) if not arm.values(metric)]:
+        return Verdict(claim, {}, untested=f"no run of {' or '.join(lacking)} has the {label}")
+    if unlike := differing([ours, theirs], metric):
+        return Verdict(claim, {}, untested=f"they differ in {' and '.join(unlike)}")
+    a, b = ours.values(metric), theirs.values(metric)
+    if claim.row == REAL:
+        a = dict.fromkeys(b, next(iter(a.values())))
+    elif claim.against == REAL:
+        b = dict.fromkeys(a, next(iter(b.values())))
+    found = {seed: a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())}
+    bases = {seed: base for arm in (theirs, ours) for seed, base in arm.bases.items() if seed in found}
+    if len(found) > 1:
+        return Verdict(claim, found, bases)
+    seed = f"{len(found)} common seed{'' if len(found) == 1 else 's'}"
+    columns = one_of_each(ours, theirs, metric)
+    try:
+        return Verdict(claim, found, bases, videos=paired(columns[0], columns[1]))
+    except ValueError:  # fewer than two videos in common
+        return Verdict(claim, found, bases, untested=seed)
+
+
+def differing(arms: list[Arm], metric: str) -> list[str]:
+    """What their figures are measured by, where it is not the same."""
+    told = [arm.measured_by(metric) for arm in arms]
+    return [name for name in MEASURED_BY.get(metric, ()) if len({each[name] for each in told}) > 1]
+
+
+def one_of_each(ours: Arm, theirs: Arm, metric: str) -> list[dict[str, float]]:
+    """Scores of single videos, by image: of the first common seed, or of the first of each."""
+    common = ours.runs.keys() & theirs.runs.keys()
+    return [arm.clips(min(common) if common else arm.first, metric) for arm in (ours, theirs)]
 
 
 def read_study(config: Config) -> Study:
@@ -224,7 +316,8 @@ def _of_configuration(config: Config) -> Study:
     """The rows of the configuration that are scored: of each the evaluate run that its scores' manifest leads to."""
     refuse_unreachable(config)
     found = {run.data.tags["cil.fingerprint"]: run for run in runs(config, EVALUATE)}
-    rows = {REAL: (REAL, 0)} | {name: (row.arm, row.seed) for name, row in config.evaluation_rows().items()}
+    wanted, trained = config.evaluation_rows(), config.training_rows()
+    rows = {REAL: (REAL, 0)} | {name: (row.arm, row.seed) for name, row in wanted.items()}
     rows |= {name: (name, 0) for name in config.score.videos}
     study = Study(config.tracking.experiment, {}, [])
     for name, (arm, seed) in rows.items():
@@ -232,7 +325,10 @@ def _of_configuration(config: Config) -> Study:
         if storage.exists(storage.join(folder, "manifest.json")):
             known_by = evaluation(config, artifact.read_manifest(folder, SCORES))
             if known_by in found:
-                study.arms.setdefault(arm, Arm(arm)).runs[seed] = found[known_by]
+                made = study.arms.setdefault(arm, Arm(arm))
+                made.runs[seed] = found[known_by]
+                if name in wanted and (weights := trained.get(wanted[name].weights)) and weights.settings.weights:
+                    made.bases[seed] = weights.settings.weights
                 continue
         study.notes.append(f"{name}: has no scores in the study {study.name}; it is left out.")
     if not study.arms:
@@ -246,8 +342,11 @@ def _of_runs(config: Config) -> Study:
     """A row is what differs in its seed only, and is measured against the same true clips."""
     wanted, notes = config.compare, list[str]()
     if wanted.runs:
-        name = config.tracking.experiment
         found = [run for run in (run_of(config, known_by, notes) for known_by in wanted.runs) if run]
+        of = experiments(config, found)
+        name = of[0] if len(of) == 1 else config.tracking.experiment
+        if len(of) > 1:
+            notes.append(f"The runs are of several experiments, {', '.join(of)}; this comparison stands in {name}.")
     else:
         name = wanted.experiment or config.tracking.experiment
         found = search(config, name, wanted.filter or "")
@@ -259,8 +358,8 @@ def _of_runs(config: Config) -> Study:
                 why = f"is a run of the stage {stage}" if stage != EVALUATE else "has no metrics"
                 notes.append(f"{told} {why}; it is left out.")
             continue
-        key, seed = _seed_of(run)
-        row = _without_seed(run.data.tags.get("cil.row", run.info.run_name), key, seed)
+        key, seed = seed_of(run)
+        row = shown(_without_seed(run.data.tags.get("cil.row", run.info.run_name), key, seed))
         # What nobody has named a row is known by its parameters, if a seed is among them.
         called = row if "cil.row" in run.data.tags or key is None else ""
         own = sorted(f"{k}={v}" for k, v in _own(run).items())
@@ -274,7 +373,7 @@ def _of_runs(config: Config) -> Study:
         raise UserError(f"{asked}: no evaluate run with metrics is there; run jobs.score, or widen what is asked for")
     reals = {yardstick: arm for (called, yardstick, *_), arm in rows.items() if called == REAL}
     for (_, yardstick, *_), arm in rows.items():
-        arm.real = reals.get(yardstick)
+        arm.real, arm.yardstick = reals.get(yardstick), yardstick
     if len({yardstick for _, yardstick, *_ in rows}) > 1:
         notes.append("Not all rows are known to be measured against the same true clips: compare within a study.")
     ordered = sorted(rows.values(), key=lambda arm: arm not in reals.values())
@@ -290,7 +389,7 @@ def _named_apart(arms: list[Arm]) -> dict[str, Arm]:
     for arm in arms:
         twins = [a.parameters for a in arms if a.name == arm.name]
         differing = {k: v for k, v in arm.parameters.items() if len({twin.get(k) for twin in twins}) > 1}
-        told = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in differing.items())
+        told = ", ".join(f"{key.rpartition('.')[2]}={shown(value)}" for key, value in differing.items())
         name = f"{arm.name} ({told})" if told else arm.name
         same = sum(other == name or other.startswith(f"{name} #") for other in named)
         named[f"{name} #{same + 1}" if same else name] = arm
@@ -299,7 +398,7 @@ def _named_apart(arms: list[Arm]) -> dict[str, Arm]:
     return named
 
 
-def _seed_of(run: Any) -> tuple[str | None, int]:
+def seed_of(run: Any) -> tuple[str | None, int]:
     """The parameter that is its seed, and the seed: of the training, or where that says none the sampling's."""
     keys = sorted((k for k in run.data.params if k.rpartition(".")[2] == "seed"), key=lambda k: (k != "train.seed", k))
     for key in keys:
@@ -310,7 +409,7 @@ def _seed_of(run: Any) -> tuple[str | None, int]:
 
 def _own(run: Any) -> dict[str, str]:
     """Its parameters but for the seed, and for the fingerprint of its weights, which differs with that."""
-    key, seed = _seed_of(run)
+    key, seed = seed_of(run)
     own = {k: v for k, v in run.data.params.items() if k not in (key, "weights")}
     weights = run.data.tags.get("cil.weights", run.data.params.get("weights"))
     if weights is None:

@@ -15,8 +15,21 @@ from typing import Literal
 import numpy as np
 
 from cil.metrics.paired import paired
+from pipelines.errors import shown
 from pipelines.generate import REAL
-from pipelines.study import CONFIDENCE, METRICS, Arm, Estimate, Metric, Study, Verdict, holm, t_test
+from pipelines.study import (
+    CONFIDENCE,
+    METRICS,
+    Arm,
+    Estimate,
+    Metric,
+    Study,
+    Verdict,
+    differing,
+    holm,
+    one_of_each,
+    t_test,
+)
 
 ARROWS = {"higher": "↑", "lower": "↓", "real": "→", None: ""}
 DETAILS = {"videos", "rejects", "is_sd", "hidden", "motion_lack"}  # of a run, for those who look into it
@@ -39,6 +52,7 @@ class Column:
     metric: Metric
     cells: dict[str, Cell]  # by row
     tests: set[str]
+    unlike: str = ""  # in what rows differ that are not ranked for it
 
     @property
     def label(self) -> str:
@@ -62,6 +76,8 @@ def _column(name: str, metric: Metric, study: Study) -> Column:
     losses = {arm: each for arm, each in losses.items() if each}
     if len(losses) < 2:
         return Column(name, metric, cells, tests)
+    if names := differing([study.arms[arm] for arm in losses], name):
+        return Column(name, metric, cells, tests, _unlike([study.arms[arm] for arm in losses], name, names))
     best, *others = sorted(losses, key=lambda arm: float(np.mean(list(losses[arm].values()))))
     cells[best] = Cell(estimates[best], "best")
     found: dict[str, float] = {}
@@ -81,6 +97,18 @@ def _column(name: str, metric: Metric, study: Study) -> Column:
     return Column(name, metric, cells, tests)
 
 
+def _unlike(arms: list[Arm], metric: str, names: list[str]) -> str:
+    """Which rows have what, of that in which they differ."""
+    said = []
+    for name in names:
+        having: dict[str, list[str]] = {}
+        for arm in arms:
+            having.setdefault(arm.measured_by(metric)[name], []).append(arm.name)
+        told = "; ".join(f"{value[:12]} in {', '.join(rows)}" for value, rows in having.items())
+        said.append(f"{name} ({told})")
+    return " and ".join(said)
+
+
 def _ranked(arm: Arm) -> bool:
     return arm is not arm.real and arm.name != REAL
 
@@ -96,16 +124,13 @@ def _losses(arm: Arm, name: str, metric: Metric) -> dict[int, float]:
 
 
 def _by_videos(ours: Arm, theirs: Arm, name: str, metric: Metric) -> float | None:
-    """Of the first common seed, or of the first of each: it says nothing of other seeds."""
-    common = ours.videos.keys() & theirs.videos.keys()
-    columns: list[dict[str, float]] = []
-    for arm in (ours, theirs):
-        values = arm.clips(min(common) if common else arm.first, name)
-        if metric.better == "real" and values:  # the distance of a mean from the real one, as a mean over videos
+    """It says nothing of other seeds."""
+    columns = one_of_each(ours, theirs, name)
+    if metric.better == "real":  # the distance of a mean from the real one, as a mean over videos
+        for place, arm in enumerate((ours, theirs)):
             real = arm.real.clips(arm.real.first, name) if arm.real else {}
-            off = {clip: value - real[clip] for clip, value in values.items() if clip in real}
-            values = {clip: value * float(np.sign(sum(off.values()))) for clip, value in off.items()}
-        columns.append(values)
+            off = {clip: value - real[clip] for clip, value in columns[place].items() if clip in real}
+            columns[place] = {clip: value * float(np.sign(sum(off.values()))) for clip, value in off.items()}
     try:
         return paired(columns[0], columns[1]).p
     except ValueError:  # fewer than two videos in common
@@ -113,8 +138,12 @@ def _by_videos(ours: Arm, theirs: Arm, name: str, metric: Metric) -> float | Non
 
 
 def holes(study: Study, columns: list[Column]) -> list[str]:
-    """Which figures are missing, in words."""
-    said = []
+    """Which figures are missing, or are not of the same thing, in words."""
+    unlike: dict[str, list[str]] = {}
+    for column in columns:
+        if column.unlike:
+            unlike.setdefault(column.unlike, []).append(column.metric.label)
+    said = [f"{', '.join(of)}: no row is the best, as rows differ in {why}." for why, of in unlike.items()]
     for arm in study.arms.values():
         if rejects := sum(arm.values("rejects").values()):
             said.append(f"{arm.name}: {rejects:.0f} videos could not be scored.")
@@ -163,14 +192,14 @@ def markdown(study: Study, columns: list[Column], verdicts: list[Verdict]) -> st
     rows = [["row", "seeds", *(column.label for column in columns)]]
     for arm in study.arms.values():
         cells = [column.cells[arm.name] for column in columns]
-        shown = [f"**{cell}**" if cell.mark == "best" else str(cell) for cell in cells]
-        rows.append([arm.name.replace("|", "\\|"), str(len(arm.runs)), *shown])
+        figures = [f"**{cell}**" if cell.mark == "best" else str(cell) for cell in cells]
+        rows.append([arm.name.replace("|", "\\|"), str(len(arm.runs)), *figures])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     lines += ["", " ".join(legend(columns)), ""]
     lines += [f"- {v.claim.says}: **{v.word}** ({v.figures})" for v in verdicts]
-    missing = [f"- {note}" for note in [*study.notes, *holes(study, columns)]]
+    missing = [f"- {shown(note)}" for note in [*study.notes, *holes(study, columns)]]
     return "\n".join([*lines, *(["", "Missing:", "", *missing] if missing else [])]) + "\n"
 
 

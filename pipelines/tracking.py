@@ -306,6 +306,12 @@ def beside(config: Config, found: list[Any], stage: str) -> list[Any]:
     return list(_existing(config).search_runs(experiments, f"tags.`cil.stage` = '{stage}'", max_results=5000))
 
 
+def experiments(config: Config, found: list[Any]) -> list[str]:
+    """The names of those that these runs are in."""
+    client = _existing(config)
+    return sorted({client.get_experiment(known_by).name for known_by in {run.info.experiment_id for run in found}})
+
+
 def read_file(config: Config, run: Any, name: str) -> bytes | None:
     """Of a run's artifacts; None where there is none of that name, or no way to them from here."""
     client = _existing(config)

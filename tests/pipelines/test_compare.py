@@ -12,14 +12,18 @@ import small_study
 from mlflow import MlflowClient
 from scipy.stats import ttest_rel
 
+from pipelines import storage
+from pipelines.artifact import read_manifest
 from pipelines.compare import compare
 from pipelines.config import ClaimConfig, Config, load
 from pipelines.errors import Unfinished, UserError
-from pipelines.page import render
+from pipelines.page import _differences, _settings, _status, _summary, _verdicts, render
+from pipelines.plots import _losses as losses_of
 from pipelines.plots import leakage_of, plots
-from pipelines.study import METRICS, Arm, Estimate, Study, holm, put_to_the_test, read_study, t_test
+from pipelines.score import evaluation
+from pipelines.study import METRICS, Arm, Estimate, Study, Verdict, holm, put_to_the_test, read_study, t_test
 from pipelines.table import as_csv, holes, legend, markdown, tabulate
-from pipelines.tracking import runs, store_uri
+from pipelines.tracking import Run, runs, store_uri
 
 
 def run(metrics: dict[str, float], **params: str) -> SimpleNamespace:
@@ -42,8 +46,8 @@ def marks(of: Study, metric: str) -> dict[str, str]:
     return {name: cell.mark for name, cell in column.cells.items()}
 
 
-def claim(expected: str = "higher", against: str = "naive") -> ClaimConfig:
-    return ClaimConfig(says="it moves more", row="cure", against=against, metric="motion", expected=expected)
+def claim(expected: str = "higher", against: str = "naive", row: str = "cure", metric: str = "motion") -> ClaimConfig:
+    return ClaimConfig(says="it moves more", row=row, against=against, metric=metric, expected=expected)
 
 
 def verdict(ours, theirs, **kind):
@@ -80,17 +84,63 @@ def test_the_opposite_is_said_as_plainly():
     assert verdict([1.10, 5.11, 9.09], [1.0, 5.0, 9.0], expected="lower").word == "the opposite holds"
 
 
-def test_one_seed_tests_nothing():
-    assert verdict([2.0], [1.0]).word == "not tested (1 common seeds)"
+def test_one_seed_without_scores_of_single_videos_tests_nothing():
+    assert verdict([2.0], [1.0]).word == "not tested (1 common seed)"
 
 
-def test_real_clips_stand_against_every_seed():
+def test_real_clips_stand_against_every_seed_on_either_side():
     v = verdict([2.0, 2.1, 1.9], [1.0, 7.0, 7.0], against="real")
-    assert v.differences == pytest.approx([1.0, 1.1, 0.9])
+    assert list(v.differences.values()) == pytest.approx([1.0, 1.1, 0.9])
+    v = verdict([2.0, 2.1, 1.9], [1.0, 7.0, 7.0], row="real", against="cure", expected="lower")
+    assert list(v.differences.values()) == pytest.approx([-1.0, -1.1, -0.9])
+    assert v.word == "holds"
 
 
-def test_a_claim_about_a_row_that_is_not_there_is_shown_as_untested():
-    assert put_to_the_test(claim(), {"cure": arm("cure", 1.0)}).word == "not tested (0 common seeds)"
+def test_what_cannot_be_tested_says_why():
+    arms = {"cure": arm("cure", 1.0, 2.0), "naive": Arm("naive", {0: run({"fvd": 1.0}), 1: run({"fvd": 2.0})})}
+
+    def said(**kind) -> str:
+        found = put_to_the_test(claim(**kind), arms)
+        assert (found.p, found.figures) == (None, "no figures")
+        return found.word
+
+    assert said(against="gone") == "not tested (there are no runs of gone)"
+    assert said(row="real", against="gone") == "not tested (there are no runs of real and gone)"
+    assert said() == "not tested (no run of naive has the motion score)"
+    assert said(metric="psnr") == "not tested (no run of cure or naive has the PSNR)"
+    arms["naive"] = Arm("naive", {7: run({"motion": 1.0}), 8: run({"motion": 1.0})})
+    assert said() == "not tested (0 common seeds)"
+
+
+def test_a_claim_about_a_row_and_itself_is_refused():
+    about = [{"says": "it is itself", "row": "real", "against": "real", "metric": "fvd", "expected": "lower"}]
+    with pytest.raises(UserError, match="'it is itself' is about 'real' against itself"):
+        load(None, [f"compare.claims={json.dumps(about)}", "compare.experiment=any"])
+
+
+def from_bases(ours: list[float], bases: list[str]) -> Verdict:
+    arms = {"cure": arm("cure", *ours), "naive": arm("naive", *[0.0] * len(ours))}
+    for each in arms.values():
+        each.bases = dict(enumerate(bases))
+    return put_to_the_test(claim(), arms)
+
+
+def test_where_seeds_begin_from_several_bases_agreement_is_told_of_each():
+    bases = ["base-1", "base-2"] * 7 + ["base-1"]
+    v = from_bases([1.0 + 0.01 * i for i in range(15)], bases)
+    assert v.word == "holds"
+    assert "15 of 15 seeds (base-1: 8 of 8, base-2: 7 of 7), p" in v.figures
+    v = from_bases([1.0 + 0.01 * i for i in range(4)], ["base"] * 4)
+    assert "4 of 4 seeds, p" in v.figures
+
+
+def test_what_holds_over_all_but_not_from_one_base_says_so():
+    bases = ["base-1", "base-2", "base-1", "base-3"] * 3
+    v = from_bases([3.0, -0.2, 3.1, 2.9, 3.0, -0.1, 3.2, 3.0, 2.9, -0.3, 3.0, 3.1], bases)
+    assert (v.outcome, v.word) == ("holds", "holds, but not from base-2")
+    assert "9 of 12 seeds (base-1: 6 of 6, base-2: 0 of 3, base-3: 3 of 3)" in v.figures
+    v = from_bases([1.0, -1.2, 0.9, 1.0], bases[:4])  # of what is not shown there is nothing to say
+    assert v.word == "not shown"
 
 
 def test_differences_that_are_all_the_same_are_certain_and_none_is_no_difference():
@@ -189,6 +239,67 @@ def test_a_share_of_videos_is_compared_by_what_each_of_them_is():
     for each in of.arms.values():
         each.videos[0] = [{"clip_id": line["clip_id"], "dynamic": line["dynamic_degree"]} for line in each.videos[0]]
     assert marks(of, "dynamic_degree") == {"real": "", "most": "best", "none": ""}
+
+
+def test_a_claim_about_rows_of_one_seed_is_tested_video_by_video_and_says_so():
+    base = [1.0 + 0.1 * (i % 5) for i in range(30)]
+    rows = {"naive": base, "cure": [x + 0.05 + 0.01 * (i % 3) for i, x in enumerate(base)]}
+    arms = {name: with_videos(name, values, "motion", seed=len(name)) for name, values in rows.items()}
+    v = put_to_the_test(claim(), arms)
+    assert (v.word, v.p) == ("holds, of one seed", None)
+    assert v.figures == "motion score +0.060 [0.057, 0.063], 30 videos, p below 0.0001"
+    assert put_to_the_test(claim(expected="lower"), arms).word == "the opposite holds, of one seed"
+    arms["cure"] = with_videos("cure", [x + 0.05 * (-1) ** i for i, x in enumerate(base)], "motion")
+    assert put_to_the_test(claim(), arms).word == "not shown, of one seed"
+
+
+def measured_by(name: str, *values: float, metric: str = "fvd", yardstick: str = "", **told: str) -> Arm:
+    made = arm(name, *values, metric=metric)
+    for each in made.runs.values():
+        each.data.params = {f"score.{key}": value for key, value in told.items()}
+    made.yardstick = yardstick
+    return made
+
+
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [
+        ("fvd", {"fvd": "another-net"}),
+        ("fvd", {"reference": "another-set"}),
+        ("frechet", {"reference": "another-set"}),
+        ("spectrum_time", {"reference": "another-set"}),
+        ("is", {"classes": "another-net"}),
+        ("clip_similarity", {"clip": "another-net"}),
+        ("motion_error", {"raft": "another-net"}),
+        ("motion_error", {"yardstick": "other clips"}),
+        ("warp_error", {"raft": "another-net"}),
+        ("psnr", {"protocol": "paper"}),
+    ],
+)
+def test_figures_that_are_measured_differently_are_not_ranked_and_not_tested(metric, told):
+    shared = {"fvd": "a-net", "reference": "a-set", "protocol": "all", "yardstick": ""}
+    alike = [measured_by(name, x, x + 1, metric=metric, **shared) for name, x in [("naive", 1.0), ("cure", 2.0)]]
+    assert marks(study(*alike), metric) == {"naive": "best", "cure": ""} or metric in ("psnr", "is", "clip_similarity")
+    of = study(*alike, measured_by("theirs", 3.0, 4.0, metric=metric, **shared | told))
+    assert set(marks(of, metric).values()) == {""}
+    name = "the true clips" if "yardstick" in told else f"score.{min(told)}"
+    (said,) = holes(of, tabulate(of))
+    before = "-" if min(told) in ("raft", "classes", "clip") else shared[min(told)]
+    after = f"{told[min(told)][:12]} in theirs"
+    assert said == (
+        f"{METRICS[metric].label}: no row is the best, as rows differ in {name} ({before} in naive, cure; {after})."
+    )
+    found = put_to_the_test(claim(row="theirs", metric=metric), of.arms)
+    assert found.word == f"not tested (they differ in {name})"
+    assert put_to_the_test(claim(metric=metric), of.arms).p is not None
+
+
+def test_what_else_is_measured_differently_does_not_matter_to_a_metric():
+    of = study(
+        measured_by("naive", 1.0, 2.0, metric="psnr", reference="a-set"),
+        measured_by("cure", 3.0, 4.1, metric="psnr", reference="another-set"),
+    )
+    assert set(marks(of, "psnr").values()) == {"", "best"}
 
 
 def test_rows_without_anything_in_common_are_not_compared_and_that_is_said():
@@ -437,6 +548,44 @@ def test_a_comparison_of_another_experiment_is_logged_there(own):
     assert len(runs(own, "compare")) == 1
 
 
+def test_runs_of_one_experiment_are_compared_there_and_of_several_in_that_of_the_configuration(own, tmp_path):
+    other = small_study.config_of(tmp_path / "other", f"tracking.uri={store_uri(own)}", "tracking.experiment=other")
+    theirs = small_study.make(other, clips=4)
+    of_one = asked(own, runs=[theirs["naive-11"], theirs["timenoise-11"]])
+    of_both = asked(own, runs=[theirs["naive-11"], ids(own)["timenoise-11"]])
+    assert (read_study(of_one).name, read_study(of_one).notes) == ("other", [])
+    found = read_study(of_both)
+    assert found.name == of_both.tracking.experiment == "shapes"
+    assert found.notes[0] == (
+        "The runs are of several experiments, a small study, other; this comparison stands in shapes."
+    )
+
+
+def test_two_runs_of_one_seed_are_compared_video_by_video(own):
+    known = ids(own)
+    about = [dict(zip(("says", "row", "against", "metric", "expected"), small_study.CLAIMS[0], strict=True))]
+    config = asked(own, runs=[known["real"], known["naive-11"], known["timenoise-11"]], claims=about)
+    found = read_study(config)
+    assert marks(found, "motion") == {"real": "", "naive": "", "timenoise": "best"}
+    assert "of one seed, paired video by video (sign flips)" in " ".join(legend(tabulate(found)))
+    claimed = [put_to_the_test(each, found.arms) for each in config.compare.claims]
+    assert "- TimeNoise moves more than naive fine-tuning: **holds, of one seed**" in markdown(found, [], claimed)
+    assert "24 videos, p below 0.0001" in _verdicts(claimed)
+    assert "videos of one seed are compared by sign flips" in _verdicts(claimed)
+    assert _summary(claimed) == "1 claims: 1 hold of one seed."  # and none that counts for other seeds
+
+
+def test_agreement_is_told_by_the_base_that_each_seed_begins_from(tmp_path):
+    config = small_study.config_of(tmp_path, "finetune.rows.base.seeds=[1, 2]")
+    small_study.make(config, clips=4)
+    of = read_study(config)
+    assert of.arms["naive"].bases == of.arms["early-start-700"].bases == {11: "base-1", 12: "base-2", 13: "base-1"}
+    assert of.arms["base"].bases == of.arms["real"].bases == {}
+    claimed = [put_to_the_test(each, of.arms) for each in config.compare.claims]
+    assert "3 of 3 seeds (base-1: 2 of 2, base-2: 1 of 1), p" in _verdicts(claimed)
+    assert "They begin from 2 bases, base-1, base-2." in _status(of, claimed)
+
+
 def drawn(config: Config, of: Study) -> list[str]:
     return [said for said, _ in plots(config, of)]
 
@@ -490,11 +639,33 @@ def page(config: Config, of: Study) -> str:
 
 def test_few_seeds_are_called_indicative_and_the_note_stands_beside_it(studied):
     of, config = read_study(studied), load(None, [f"out={studied.out}", "compare.note=Chosen on <other> seeds."])
-    assert "Indicative: 3 seeds of each row at the most." in page(config, of)
+    assert "Indicative: 3 seeds at the fewest." in page(config, of)
     assert "<p>Chosen on &lt;other&gt; seeds.</p>" in page(config, of)
-    for each in of.arms.values():
-        each.runs |= {100 + i: each.runs[each.first] for i in range(10 - len(each.runs))}
-    assert "Indicative" not in page(config, of)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "of_one", "indicative"), [(15, 15, False), (10, 10, False), (9, 9, True), (15, 9, True)]
+)
+def test_a_page_is_indicative_where_something_is_compared_on_fewer_than_ten_seeds(seeds, of_one, indicative):
+    of = study(
+        arm("real", 1.0),
+        *(arm(name, *[1.0 + 0.1 * i for i in range(n)]) for name, n in [("cure", of_one), ("naive", seeds), ("b", 1)]),
+    )
+    claimed = [put_to_the_test(claim(against=against), of.arms) for against in ("naive", "real", "gone")]
+    assert _status(of, claimed).startswith(f"Indicative: {of_one} seeds at the fewest.") == indicative
+    of_one_seed = {
+        name: with_videos(name, [x, x + 1], "motion", seed) for name, x, seed in [("cure", 2, 3), ("naive", 1, 4)]
+    }
+    assert _status(of, [put_to_the_test(claim(), of_one_seed)]).startswith("Indicative: 1 seed at the fewest.")
+    without = study(*(each for each in of.arms.values() if each.name != "cure"), arm("c", *range(of_one)))
+    assert _status(without, []).startswith("Indicative") == indicative
+
+
+def test_a_page_says_from_which_bases_its_seeds_begin():
+    of = study(arm("cure", *range(12)), arm("naive", *range(12)))
+    assert "bases" not in _status(of, [])
+    of.arms["cure"].bases = {seed: f"base-{1 + seed % 2}" for seed in range(12)}
+    assert _status(of, []) == "2 rows, compared on 12 seeds or more. They begin from 2 bases, base-1, base-2."
 
 
 def test_the_words_at_the_top_count_what_holds_and_what_does_not(studied):
@@ -512,6 +683,44 @@ def test_the_page_shows_as_many_images_as_are_asked_for_with_their_prompts_and_t
     assert clips.index("<th>real</th>") < clips.index("<th>base</th>")
 
 
+def test_a_set_made_elsewhere_stands_beside_the_study_and_says_what_it_lacks(own):
+    for made in ("scores", "videos"):
+        shutil.copytree(Path(own.out, made, "naive-11"), Path(own.out, made, "theirs"))
+    Path(own.out, "videos/theirs/index.jsonl").unlink()
+    lines = storage.read_rows(f"{own.out}/scores/theirs/scores.jsonl")
+    names = [line["clip_id"].replace(":", "_") for line in lines]
+    told = [line | {"file": f"{name}.mp4", "name": name} for line, name in zip(lines, names, strict=True)]
+    storage.write_rows(f"{own.out}/scores/theirs/scores.jsonl", told)
+    config = own.model_copy(
+        update={"score": own.score.model_copy(update={"videos": {"theirs": f"{own.out}/videos/theirs"}})}
+    )
+    logged = Run(config, "theirs", "evaluate", evaluation(config, read_manifest(f"{own.out}/scores/theirs", "scores")))
+    logged.tags({"row": "theirs", "videos": f"{own.out}/videos/theirs", "scores": f"{own.out}/scores/theirs"})
+    logged.parameters({"score": {"protocol": "all"}})
+    logged.metrics({"motion": 0.1})
+    logged.finish()
+    text = Path(compare(config).uri, "index.html").read_text()
+    clips = text.partition('<table class="clips">')[2].partition("</table>")[0]
+    assert clips.count("<video") == 3 * (2 + len(small_study.ROWS))
+    assert "theirs is paired by the names of its files; its prompts and seeds are not known." in text
+    assert "theirs: nothing is said of how the videos were made." in text
+    told = text.partition('<table class="differences">')[2].partition("</table>")[0]
+    assert "<tr><th>score.protocol</th>" in told  # which the others do not say
+    assert "<tr><th>steps</th>" not in told  # the same in all that say it
+
+
+def test_what_some_runs_lack_differs_too():
+    of = study(arm("one", 1.0), arm("two", 2.0), arm("three", 2.0), arm("four", 2.0))
+    for each, told in zip(of.arms.values(), ({"lr": "1"}, {"lr": "1", "clip": "None"}, {"clip": "5"}, {}), strict=True):
+        each.runs[0].data.params = {"steps": "5"} | told if each.name != "four" else {"score.fvd": "a"}
+    told = _differences(of)
+    assert "<th>lr</th><td>1</td><td>1</td><td>-</td><td>-</td>" in told
+    assert "<th>clip</th><td>-</td><td>-</td><td>5</td><td>-</td>" in told
+    assert "<th>score.fvd</th><td>-</td><td>-</td><td>-</td><td>a</td>" in told
+    assert "steps" not in told
+    assert "<li>four: nothing is said of how the videos were made.</li>" in told
+
+
 def test_what_differs_between_the_rows_is_told_and_what_does_not_is_not(studied):
     told = page(studied, read_study(studied)).partition('<table class="differences">')[2].partition("</table>")[0]
     rows = [line.partition("</th>")[0] for line in told.split("<tr><th>")[1:]]
@@ -524,14 +733,95 @@ def test_the_configuration_that_made_the_scores_is_on_the_page_once(studied):
     assert other.count("<summary>The whole configuration of") == 2
 
 
+def test_another_file_in_the_place_of_a_configuration_is_not_shown(own):
+    Path(own.out, "scores/naive-11/config.json").write_text('{"a secret": "of somebody"}')
+    Path(own.out, "scores/naive-12/config.json").write_text('{"seed": "no number"}')
+    Path(own.out, "scores/naive-13/config.json").write_bytes(b"\xff")
+    text = _settings(own, read_study(own))
+    assert "a secret" not in text
+    assert "no number" not in text
+    assert text.count("<summary>The whole configuration of") == 2  # the study's and this one
+
+
+def test_names_of_strangers_do_nothing_in_a_terminal(own):
+    client = MlflowClient(store_uri(own))
+    theirs = client.create_experiment("theirs", artifact_location=f"file://{own.out}/theirs")
+    for name in ("\x1b[2Jgone", "a\u202eb"):
+        made = client.create_run(theirs, run_name=name).info.run_id
+        client.log_metric(made, "fvd", 1.0)
+        client.set_tag(made, "cil.scores", "/nowhere/\x1b[2J")
+    found = read_study(asked(own, experiment="theirs"))
+    table = markdown(found, tabulate(found), [])
+    assert "\\x1b[2Jgone" in table
+    assert "a\\u202eb" in table
+    assert "\x1b" not in table
+    assert "\u202e" not in table
+
+
+def test_dollar_signs_in_names_are_letters(studied):
+    _, svg = next(plots(studied, study(arm("costs 5$ or $6", 1.0, 2.0), arm("$\\frac{$", 2.0, 3.0))))
+    assert "costs 5$ or $6" in svg
+    assert "$\\frac{$" in svg
+
+
+def test_a_leakage_curve_of_another_kind_is_left_out(own):
+    client, known = MlflowClient(store_uri(own)), ids(own)
+    for seed, strange in [
+        (11, {"t": ["a"], "motion": [1], "truth": [1]}),
+        (12, {"t": [1, 2], "motion": [1, 2, 3], "truth": 1}),
+    ]:
+        client.log_dict(known[f"naive-{seed}"], strange, "leakage.json")
+    of = read_study(own)
+    assert leakage_of(own, of)["naive"]["motion"][2] == pytest.approx(of.arms["naive"].values("motion")[13] / 2)
+
+
+def test_the_loss_is_left_out_where_a_manifest_is_of_another_kind(own):
+    of = read_study(own)
+    assert len(losses_of(own, of)["timenoise"]) == 3
+    for name, text in [("timenoise-11", '{"identity": null}'), ("timenoise-12", '{"identity": {"weights": 5}}')]:
+        Path(own.out, "videos", name, "manifest.json").write_text(text)
+    assert len(losses_of(own, of)["timenoise"]) == 1
+
+
+def test_rows_of_published_weights_are_told_apart_by_their_digest(own):
+    client = MlflowClient(store_uri(own))
+    theirs = client.create_experiment("published", artifact_location=f"file://{own.out}/theirs")
+    for seed, digest in [(0, "aaa"), (1, "aaa"), (0, "bbb")]:
+        made = client.create_run(
+            theirs, run_name="p", tags={"cil.row": "before", "cil.weights": "published"}
+        ).info.run_id
+        for key, value in {"seed": seed, "weights": digest}.items():
+            client.log_param(made, key, value)
+        client.log_metric(made, "fvd", 300 + seed)
+    found = read_study(asked(own, experiment="published"))
+    assert {name: sorted(each.runs) for name, each in found.arms.items()} == {
+        "before (digest=aaa)": [0, 1],
+        "before (digest=bbb)": [0],
+    }
+
+
+def test_scores_of_single_videos_are_known_by_the_names_of_their_images(own):
+    for name in ("naive-11", "timenoise-11"):
+        kept = f"{own.out}/scores/{name}/scores.jsonl"
+        lines = storage.read_rows(kept)
+        storage.write_rows(
+            kept, [line | {"name": f"image-{i}", "clip_id": f"{name}-{i}"} for i, line in enumerate(lines)]
+        )
+    found = read_study(own)
+    assert "image-3" in found.arms["naive"].clips(11, "motion")
+    assert found.arms["naive"].clips(11, "motion").keys() == found.arms["timenoise"].clips(11, "motion").keys()
+
+
 def test_the_documented_ways_to_name_runs_work(studied, tmp_path):
-    text = Path(__file__).parents[2].joinpath("docs/evaluation.md").read_text()
+    text = Path(__file__).parents[2].joinpath("docs/evaluation.md").read_text().replace("\\\n", " ")
     commands = [shlex.split(line)[3:] for line in text.splitlines() if line.startswith("    python -m jobs.compare")]
     found = []
     for command in commands:
         given = " ".join(command).replace("http://mlflow:5000", store_uri(studied)).replace("webvid", "a-small-study")
         given = given.replace("940.0", "850.0").replace("[ID,ID]", f"[{ids(studied)['base']},{ids(studied)['real']}]")
+        three = ",".join(ids(studied)[name] for name in ("real", "naive-11", "timenoise-11"))
+        given = given.replace("[ID,ID,ID]", f"[{three}]")
         overrides = re.split(r" (?=[\w.]+=)", given)
         config = load(None, [each.replace("a-small-study", "a small study") for each in overrides])
         found.append(len(read_study(config).arms))
-    assert found == [1 + len(small_study.ROWS), 2, 2]
+    assert found == [1 + len(small_study.ROWS), 2, 2, 3]

@@ -2,14 +2,20 @@
 
 import shutil
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from pipelines.compare import compare
 from pipelines.config import Config
+from pipelines.page import render
 from pipelines.plots import COLOURS
+from pipelines.study import Arm, Study
+from pipelines.table import tabulate
 
+BEYOND = """all => all.filter(e => !e.closest(".wide, pre, svg"))
+    .filter(e => e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.outerHTML.slice(0, 80))"""
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt-get install chromium")
@@ -132,9 +138,7 @@ def test_nothing_overflows_and_everything_can_be_reached(opened, width, scheme):
     for fold in opened.locator("details:not([open]) > summary").all():
         fold.click()
     assert opened.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
-    beyond = """all => all.filter(e => !e.closest(".wide, pre, svg"))
-        .filter(e => e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.outerHTML.slice(0, 80))"""
-    assert opened.eval_on_selector_all("body *", beyond) == []
+    assert opened.eval_on_selector_all("body *", BEYOND) == []
     assert opened.eval_on_selector("figure svg text", "e => getComputedStyle(e).fill") == opened.eval_on_selector(
         "body", "e => getComputedStyle(e).color"
     )
@@ -144,3 +148,63 @@ def test_the_page_asks_for_nothing_and_complains_of_nothing(opened, said):
     opened.wait_for_function("[...document.querySelectorAll('video')].every(v => v.readyState >= 2)", timeout=30_000)
     opened.get_by_role("button", name="motion score").click()
     assert [each for each in said if not each.startswith("request: data:")] == []
+
+
+LONG = "row-" + 60 * "of-a-name-without-end-" + "0"
+HOSTILE = [
+    LONG,
+    "<script>alert(1)</script>",
+    '"><img src=http://example.org/x onerror=alert(1)>',
+    "$title ${table} & $1",
+]
+PARAMETERS = {"<b>p</b>": 300 * "v", "url": "http://example.org/</script><script>alert(1)</script>"}
+
+
+@pytest.fixture(scope="module")
+def crowded(studied: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Thirty rows of strangers with thirty metrics, and names that mean no good."""
+    arms = {}
+    for number, name in enumerate([*HOSTILE, *(f"row {i}" for i in range(26))]):
+        arm = Arm(name)
+        for seed in range(2):
+            metrics = {f"metric {i} {'m' * 3 * i}": 10.0 * i + number + seed for i in range(28)}
+            metrics |= {"motion": 0.1 + 0.01 * number + 0.001 * seed, "fvd": 300 - number + seed}
+            told = {"seed": str(seed), "number": str(number)} | ({} if number else PARAMETERS)
+            data = SimpleNamespace(metrics=metrics, params=told, tags={"cil.videos": f"{studied.out}/videos/naive-11"})
+            arm.runs[seed] = SimpleNamespace(data=data, info=SimpleNamespace(run_id="none", experiment_id="0"))
+            arm.videos[seed] = [{"clip_id": str(i), "motion": 0.01 * number + 0.1 * i} for i in range(4)]
+        arms[name] = arm
+    of = Study("<script>alert(2)</script> \u202e of strangers", arms, [f"{name}: is there" for name in HOSTILE])
+    path = tmp_path_factory.mktemp("crowded") / "index.html"
+    path.write_text(render(studied, of, tabulate(of), []))
+    return f"file://{path}"
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_crowded_page_of_hostile_names_holds_still_and_says_what_it_leaves_out(browser, crowded, said, width):
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark")
+    page.on("console", lambda message: said.append(f"console: {message.text}"))
+    page.on("pageerror", lambda error: said.append(f"error: {error}"))
+    page.on("dialog", lambda dialog: (said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.on("request", lambda request: said.append(f"request: {request.url[:40]}") if request.url != crowded else None)
+    page.goto(crowded)
+    names = page.locator(".figures tbody th").all_inner_texts()
+    assert names[: len(HOSTILE)] == HOSTILE
+    assert page.locator(".figures thead th").count() == 2 + 30
+    page.wait_for_function(
+        "[...document.querySelectorAll('video')].every(v => v.currentTime > 0 && !v.error)", timeout=60_000
+    )
+    assert page.locator("video").count() == 3 * 30
+    page.get_by_role("button", name="FVD").click()
+    assert page.locator(".figures tbody th").all_inner_texts() == names[::-1]
+    assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
+    assert page.eval_on_selector_all("body *", BEYOND) == []
+    wide = "all => all.filter(e => e.getBoundingClientRect().width > 400).map(e => e.textContent.slice(0, 40))"
+    assert page.eval_on_selector_all("th:first-child", wide) == []  # figures beside it can be seen
+    outside = """all => all.flatMap(svg => [...svg.querySelectorAll("text")].filter(text => {
+        const [a, b] = [svg.getBoundingClientRect(), text.getBoundingClientRect()];
+        return b.left < a.left - 2 || b.right > a.right + 2 || b.bottom > a.bottom + 2 || b.top < a.top - 2;
+    }).map(text => text.textContent))"""
+    assert page.eval_on_selector_all("figure svg", outside) == []
+    assert [each for each in said if not each.startswith("request: data:")] == []
+    page.close()
