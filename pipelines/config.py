@@ -458,6 +458,13 @@ class ScoreConfig(Section):
     bootstrap: NonNegativeInt = Field(
         200, description="how often sets are drawn anew for the intervals of fvd and is; 0: no intervals"
     )
+    decode_seconds: PositiveFloat = Field(
+        60, description="a video that takes longer to decode, and twice as long when tried again, is rejected"
+    )
+    memory: PositiveFloat = Field(
+        0.5,
+        description="GB that the frames seen of one video may take, at 3 bytes a pixel; a worker takes 12 times that",
+    )
     leakage: NonNegativeInt = Field(
         16, description="held-out clips of which each row's one-step predictions are looked at; 0: no leakage"
     )

@@ -19,7 +19,7 @@ from pipelines.generate import REAL, REFERENCE
 from pipelines.leakage import FILE, measure_leakage
 from pipelines.models import refusing_weights
 from pipelines.parts import Part, chunks, make_parts
-from pipelines.scorer import FEATURES, KNOWN, Scorer, load_detector, seen
+from pipelines.scorer import FEATURES, KNOWN, Scorer, Seen, load_detector
 from pipelines.sets import Videos, sets_of
 from pipelines.summary import summarise
 from pipelines.tracking import Run, refuse_unreachable, runs
@@ -55,6 +55,7 @@ def score(config: Config) -> dict[str, Manifest]:
         "feature_net": net.fingerprint if net else None,
         "networks": _identities(config, detectors),
         "protocol": config.score.protocol,
+        "memory": config.score.memory,
         "measures": sorted(config.score.measures),
         "code": artifact.code(*CODE),
     }
@@ -70,10 +71,13 @@ def score(config: Config) -> dict[str, Manifest]:
         "clip": config.score.clip,
         "measures": config.score.measures,
         "protocol": config.score.protocol,
+        "seconds": config.score.decode_seconds,
+        "memory": config.score.memory,
         "gpu": config.score.gpus > 0,
     }
     if parts:
-        _ask(config, detectors, sets)
+        if detectors:
+            _ask(config, detectors, sets)
         cluster.connect()
         if config.score.gpus:
             cluster.workers(config.score.gpus, "score.gpus")
@@ -128,19 +132,20 @@ def _identities(config: Config, detectors: dict[str, str]) -> dict[str, str]:
 def _ask(config: Config, detectors: dict[str, str], sets: dict[str, Videos]) -> None:
     """Each network once, before workers do, about videos that can be decoded until it answers."""
     refusal: UserError | None = None
-    lines = ((videos.uri, line["file"]) for videos in sets.values() for line in videos.lines[:8])
-    for uri, file in lines if detectors else ():
-        try:
-            frames, _ = seen(storage.read(storage.join(uri, file)), config.score.protocol)
-        except (BadVideo, ValueError):
-            continue
-        try:
-            for name, detector in detectors.items():
-                with refusing_weights(KEYS[name]):
-                    load_detector(name, detector)(frames[None])
-            return
-        except UserError as error:  # it may be the video, too short for it
-            refusal = refusal or error
+    uris = [storage.join(videos.uri, line["file"]) for videos in sets.values() for line in videos.lines[:8]]
+    with Seen(config.score.protocol, config.score.decode_seconds, config.score.memory) as seen:
+        for uri in uris:
+            try:
+                frames, _ = seen(uri)
+            except (BadVideo, ValueError):
+                continue
+            try:
+                for name, detector in detectors.items():
+                    with refusing_weights(KEYS[name]):
+                        load_detector(name, detector)(frames[None])
+                return
+            except UserError as error:  # it may be the video, too short for it
+                refusal = refusal or error
     if refusal:
         raise refusal
 
