@@ -19,7 +19,7 @@ from pipelines.errors import UserError, shown
 from pipelines.generate import REAL
 from pipelines.score import KIND as SCORES
 from pipelines.score import evaluation
-from pipelines.tracking import refuse_unreachable, run_of, runs, search
+from pipelines.tracking import answering, refuse_unreachable, run_of, runs, search
 
 CONFIDENCE = 0.95
 EVALUATE = "evaluate"
@@ -209,7 +209,8 @@ def put_to_the_test(claim: ClaimConfig, arms: dict[str, Arm]) -> Verdict:
 
 
 def read_study(config: Config) -> Study:
-    study = _of_runs(config) if config.compare.of_runs else _of_configuration(config)
+    with answering(config):
+        study = _of_runs(config) if config.compare.of_runs else _of_configuration(config)
     for arm in study.arms.values():
         for seed, run in sorted(arm.runs.items()):
             arm.videos[seed] = _videos(run, study.notes)
