@@ -89,7 +89,8 @@ def score(config: Config) -> dict[str, Manifest]:
         plans[name].begin(config.model_dump_json(indent=1))
     make_parts(KIND, "videos", [*chain(*parts.values())], Scorer, arguments, gpus=config.score.gpus)
     for name, own in parts.items():  # true clips before what is set against them
-        _finish(plans[name], own, plans.get(REAL), _pairs(sets, name, sets[REAL].clips) if REAL in plans else {})
+        true = plans.get(REAL) if name not in (REFERENCE, REAL) else None
+        _finish(plans[name], own, true, _pairs(sets, name, sets[REAL].clips) if true else {})
     scores = {name: made.manifest() for name, made in plans.items()}
     evaluated = {name: sets[name] for name in scores if name != REFERENCE}
     made = {name: videos.made for name, videos in evaluated.items() if name in config.evaluation_rows()}
@@ -179,7 +180,7 @@ def _finish(made: Artifact, parts: list[Part], real: Artifact | None, pairs: dic
     table = [{k: v for k, v in line.items() if k not in FEATURES} for line in found if "reason" not in line]
     if len(found) != sum(part.size for part in parts):
         raise AssertionError(f"{made.uri}: {sum(part.size for part in parts)} videos, {len(found)} scored or rejected")
-    true = storage.read_rows(real.path("scores.jsonl")) if real and real.uri != made.uri else []
+    true = storage.read_rows(real.path("scores.jsonl")) if real else []
     truth = {line["file"]: line["motion"] for line in true}
     problems = []
     for line in table:
