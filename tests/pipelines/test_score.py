@@ -444,9 +444,9 @@ def test_videos_of_strangers_cost_their_own_row_whatever_they_do_to_their_decode
     (folder / "bulky.mp4").write_bytes(bytes(10**6))
     long.mkdir()
     (long / "a.mp4").write_bytes(spoilt(encode(clip(0, 0.5, frames=90), 6), 40))  # 90 frames are 0.41 MB, 16 are 0.07
-    bounds = ("score.decode_seconds=2", "score.memory=0.0003", "score.measures=[]")
-    score(told(f"score.videos={{strange: {folder}, long: {long}}}", *bounds))
+    bounds = ("score.decode_seconds=2", "score.memory=0.0004", "score.measures=[]")
     config = told(f"score.videos={{strange: {folder}, long: {long}}}", *bounds)
+    score(config)
     assert list(table(config, "strange")) == ["good.mp4"]
     rejects = {file: (line["reason"], line["message"]) for file, line in table(config, "strange", "rejects").items()}
     assert rejects["hangs.mp4"] == (
@@ -455,10 +455,10 @@ def test_videos_of_strangers_cost_their_own_row_whatever_they_do_to_their_decode
     )
     assert rejects["dies.mp4"][0] == rejects["swells.mp4"][0] == "decoder_died"
     what_to_do = ": cut it, take score.protocol=paper, or set score.memory higher"
-    assert rejects["bulky.mp4"] == ("unfit", f"the file is larger than the 0.0003 GB that are allowed{what_to_do}")
+    assert rejects["bulky.mp4"] == ("unfit", f"the file is larger than the 0.0004 GB that are allowed{what_to_do}")
     (line,) = table(config, "long", "rejects").values()
     assert line["reason"] == "unfit"
-    assert line["message"] == f"90 frames of 48x32 are 0.000415 GB, and 0.0003 GB are allowed{what_to_do}"
+    assert line["message"] == f"90 frames of 48x32 are 0.000415 GB, and 0.0004 GB are allowed{what_to_do}"
     # What the paper's protocol does not see is neither decoded nor counted.
     config = told(f"out={tmp_path}/paper", f"score.videos.long={long}", "score.protocol=paper", *bounds)
     score(config)
