@@ -10,7 +10,7 @@ from pipelines.config import Config
 from pipelines.page import TEMPLATE, render
 from pipelines.study import Study, put_to_the_test, read_study
 from pipelines.table import as_csv, markdown, tabulate
-from pipelines.tracking import Run
+from pipelines.tracking import Run, answering
 
 KIND = "comparison"
 HEADLINES = {"motion", "motion_error", "speed", "static_share", "first_frame_error", "leakage", "frechet", "fvd", "is"}
@@ -32,14 +32,15 @@ def compare(config: Config) -> Manifest:
     table = markdown(study, columns, verdicts)
     if not made.finished:
         made.begin(config.model_dump_json(indent=1))
-        files = {"index.html": render(config, study, columns, verdicts), "table.md": table}
-        files["table.csv"] = as_csv(study, columns)
-        of_study = {"tracking": config.tracking.model_copy(update={"experiment": study.name})}
-        run = Run(config.model_copy(update=of_study), "comparison", "compare", name)
-        for file, text in files.items():
-            storage.write(made.path(file), text.encode())
-            run.file("comparison.html" if file == "index.html" else file, text.encode())
-        run.finish()
+        with answering(config):
+            files = {"index.html": render(config, study, columns, verdicts), "table.md": table}
+            files["table.csv"] = as_csv(study, columns)
+            of_study = {"tracking": config.tracking.model_copy(update={"experiment": study.name})}
+            run = Run(config.model_copy(update=of_study), "comparison", "compare", name)
+            for file, text in files.items():
+                storage.write(made.path(file), text.encode())
+                run.file("comparison.html" if file == "index.html" else file, text.encode())
+            run.finish()
         made.finish({"rows": len(study.arms)})
     shown = [column for column in columns if column.name in HEADLINES] or columns
     print(f"\n{markdown(study, shown, verdicts)}\nAll {len(columns)} metrics: {made.path('table.md')}")

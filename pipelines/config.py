@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import yaml
 from pydantic import (
@@ -461,6 +461,13 @@ class ScoreConfig(Section):
     bootstrap: NonNegativeInt = Field(
         200, description="how often sets are drawn anew for the intervals of fvd and is; 0: no intervals"
     )
+    decode_seconds: PositiveFloat = Field(
+        60, description="a video that takes longer to decode, and twice as long when tried again, is rejected"
+    )
+    memory: PositiveFloat = Field(
+        0.5,
+        description="GB that the frames seen of one video may take, at 3 bytes a pixel; a worker takes 12 times that",
+    )
     leakage: NonNegativeInt = Field(
         16, description="held-out clips of which each row's one-step predictions are looked at; 0: no leakage"
     )
@@ -749,9 +756,10 @@ def _check(config: Config) -> None:
     if (config.finetune.validate_every or 0) % config.finetune.checkpoint_every:
         wanted = f"a multiple of checkpoint_every={config.finetune.checkpoint_every}, or none is known to be the best"
         raise UserError(f"finetune.validate_every={config.finetune.validate_every}: {wanted}")
-    if config.tracking.uri and "@" in urlsplit(config.tracking.uri).netloc:  # some take a token for a name
+    if config.tracking.uri and _tells_secret(config.tracking.uri):
         raise UserError(
-            "tracking.uri holds a password: give it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            "tracking.uri holds a password: give it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "a token in MLFLOW_TRACKING_TOKEN, the password of a PostgreSQL in PGPASSWORD"
         )
     if config.shapes.min_speed > config.shapes.max_speed:
         raise UserError(f"shapes.min_speed={config.shapes.min_speed}: at most max_speed={config.shapes.max_speed}")
@@ -774,6 +782,15 @@ def _check(config: Config) -> None:
         for named in (claim.row, claim.against):
             if named not in known:
                 raise UserError(f"compare.claims: {named!r} is not a row; allowed are {', '.join(known)}")
+
+
+def _tells_secret(uri: str) -> bool:
+    """A user, as some take a token for a name, or a password by whatever name in what stands behind ? or #."""
+    parts = urlsplit(uri)
+    asked = unquote(f"{parts.query}&{parts.fragment}")
+    return "@" in parts.netloc or bool(
+        re.search(r"(?i)(passw|pwd|token|secret|credential|api.?key|signature)\w*=", asked)
+    )
 
 
 def _parse(override: str) -> tuple[list[str], Any]:

@@ -12,6 +12,9 @@ long at most, and `wanted` is called again. If that fails too, it is the video's
 "decoder_died"), which has cost three times `seconds` and the start of two processes. Whatever else a decoder raises is
 raised in the caller.
 
+Without a height and a width frames stay as they are. Where `most` is given, frames of more bytes than that are TooLarge
+before they are decoded, as the file says how large they are; a process that takes much more all the same dies.
+
 Nothing can be left behind: what is shared is a file in memory that has no name, an idle process ends when its parent
 does, and one that hangs has the kernel's alarm set.
 """
@@ -19,6 +22,7 @@ does, and one that hangs has the kernel's alarm set.
 import contextlib
 import itertools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -43,6 +47,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 STARTS = 3  # of a process that is killed while it starts
+# What a process may take beside what it began with: the file three times, its frames one by one and together, and what
+# a decoder works in.
+SPACE, WORK = 6, 2**30
+
+
+class TooLarge(ValueError):
+    """More than the caller has memory for."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,9 @@ class Decoded:
 class DecodePool:
     """May be called by several threads; each call has one of the processes to itself."""
 
-    def __init__(self, decoder: type[Decoder], seconds: float, processes: int = 1) -> None:
-        self._children = [_Child(decoder, seconds) for _ in range(processes)]
+    def __init__(self, decoder: type[Decoder], seconds: float, processes: int = 1, most: int | None = None) -> None:
+        """`most`: bytes of a video's frames, and of its file."""
+        self._children = [_Child(decoder, seconds, most) for _ in range(processes)]
         self._idle: SimpleQueue[_Child] = SimpleQueue()
         for child in self._children:
             self._idle.put(child)
@@ -66,8 +78,8 @@ class DecodePool:
         self,
         data: bytes,
         wanted: Callable[[int, float], Sequence[int]],
-        height: int,
-        width: int,
+        height: int | None = None,
+        width: int | None = None,
         crop: Crop | None = None,
     ) -> Decoded:
         child = self._idle.get()
@@ -124,13 +136,15 @@ class _Failed(Exception):
 class _Child:
     """One process and the end of a pipe to it. Messages are small, so no send can block; bytes go through `_memory`."""
 
-    def __init__(self, decoder: type[Decoder], seconds: float) -> None:
-        self._decoder, self._seconds = decoder, seconds
+    def __init__(self, decoder: type[Decoder], seconds: float, most: int | None) -> None:
+        self._decoder, self._seconds, self._most = decoder, seconds, most
         self.busy = 0.0
         self._start()
 
     def decode(self, data: bytes, wanted: Callable[[int, float], Sequence[int]], *size: Any) -> Decoded:
-        """`size`: what `fit` takes."""
+        """`size`: what `fit` takes, or None for frames as they are."""
+        if self._most is not None and len(data) > self._most:
+            raise TooLarge(f"the file is larger than the {_size(self._most)} that are allowed")
         if self._pipe.closed:
             raise RuntimeError("this DecodePool is closed")
         if self._process.poll() is not None:  # killed between two videos: no fault of this one
@@ -186,7 +200,7 @@ class _Child:
         killed = 0
         while not self._started:
             try:
-                self._pipe.send(self._decoder)
+                self._pipe.send((self._decoder, self._most))
                 self._pipe.recv()
                 self._started = True
             except (EOFError, OSError):
@@ -229,7 +243,10 @@ def _serve(pipe: int, memory: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     torch.set_num_threads(1)  # the cores are kept busy by other videos
     connection = Connection(pipe)
-    decoder = connection.recv()
+    decoder, most = connection.recv()
+    if most is not None:
+        room = _taken() + SPACE * most + WORK
+        resource.setrlimit(resource.RLIMIT_DATA, (room, room))
     video: Decoder
     answer: Any = None
     while True:
@@ -247,8 +264,11 @@ def _serve(pipe: int, memory: int) -> None:
                 video = decoder(bytes(data))
                 answer = video.count, video.fps
             else:
-                indices, *size = about
-                frames = fit(video.frames(indices), *size)
+                indices, height, width, crop = about
+                _refuse_large(3 * len(indices) * video.size[0] * video.size[1], most, indices, video)
+                pictures = video.frames(indices)
+                _refuse_large(pictures.nbytes, most, indices, video)  # the file may have said something else
+                frames = torch.from_numpy(pictures) if height is None else fit(pictures, height, width, crop)
                 _write(memory, frames.numpy())
                 answer = tuple(frames.shape)
         except MemoryError:
@@ -256,6 +276,23 @@ def _serve(pipe: int, memory: int) -> None:
         except Exception as error:
             answer = error
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _refuse_large(found: int, most: int | None, indices: Sequence[int], video: Decoder) -> None:
+    if most is not None and found > most:
+        height, width = video.size
+        told = f"{len(indices)} frames of {width}x{height} are {_size(found)}"
+        raise TooLarge(f"{told}, and {_size(most)} are allowed")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"
+
+
+def _taken() -> int:
+    """Bytes that this process has for itself, in memory or not yet."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmData:"))
 
 
 def _write(memory: int, data: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from cil.metrics.leakage import leakage, one_step
 from pipelines import artifact, cluster, storage
-from pipelines.artifact import Artifact
+from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import pinned, read_cache, refuse_other_encoder
 from pipelines.config import Config
 from pipelines.errors import UserError
@@ -37,9 +37,12 @@ CODE = (
 )
 
 
-def measure_leakage(config: Config, names: list[str]) -> dict[str, dict[str, Any]]:
-    """The curves of these rows, but for those whose weights are not at hand; none without a cache."""
-    if not config.score.leakage or not names:
+def measure_leakage(config: Config, videos: dict[str, Manifest]) -> dict[str, dict[str, Any]]:
+    """The curves of these rows, but for those whose weights are not at hand; none without a cache.
+
+    `videos`: of each row those that it is beside. Other weights than they were made with say nothing of them.
+    """
+    if not config.score.leakage or not videos:
         return {}
     try:
         cache, family = read_cache(config), family_of(config)
@@ -54,12 +57,15 @@ def measure_leakage(config: Config, names: list[str]) -> dict[str, dict[str, Any
         return {}
     made: dict[str, Artifact] = {}
     parts: dict[str, list[Part]] = {}
-    for name in names:
+    for name, sampled in videos.items():
         row = config.evaluation_rows()[name]
         try:
             weights = fingerprint_of(config, family, row.weights, row.settings.ema)
         except UserError as error:
             print(f"{KIND}: not measured of {name}: {error}")
+            continue
+        if weights != sampled.identity["weights"]:
+            print(f"{KIND}: not measured of {name}: its videos are of other weights than {row.weights} holds now")
             continue
         identity = {
             "weights": weights,

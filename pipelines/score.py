@@ -1,7 +1,7 @@
 """What is measured on sets of videos, the study's and others: per video, and per set as an evaluate run in MLflow.
 
-A video, its true clip and its conditional image have files of the same name. Where no names are the same, what is
-measured against them is absent, and the rest is there.
+A video, its true clip and its conditional image belong together as `pipelines.sets` has it. Where a video has none,
+what is measured against them is absent, and the rest is there.
 """
 
 import json
@@ -20,11 +20,13 @@ from pipelines.generate import REAL, REFERENCE
 from pipelines.leakage import FILE, measure_leakage
 from pipelines.models import refusing_weights
 from pipelines.parts import Part, chunks, make_parts
-from pipelines.scorer import FEATURES, KNOWN, Scorer, load_detector, seen
-from pipelines.sets import Videos, sets_of
+from pipelines.scorer import FEATURES, KNOWN, Scorer, Seen, load_detector
+from pipelines.sets import Videos, partner, sets_of
 from pipelines.summary import summarise
-from pipelines.tracking import Run, refuse_unreachable, runs
+from pipelines.tracking import Run, answering, refuse_unreachable, runs
 from pipelines.video import BadVideo
+from pipelines.weights import KIND as WEIGHTS
+from pipelines.weights import known_as
 
 KIND = "scores"
 VIDEOS_PER_PART = 64
@@ -56,11 +58,12 @@ def score(config: Config) -> dict[str, Manifest]:
         "feature_net": net.fingerprint if net else None,
         "networks": _identities(config, detectors),
         "protocol": config.score.protocol,
+        "memory": config.score.memory,
         "measures": sorted(config.score.measures),
         "code": artifact.code(*CODE),
     }
     plans = {
-        name: Artifact(storage.join(config.out, "scores", name), KIND, identity | {"videos": videos.identity})
+        name: Artifact(storage.join(config.out, "scores", name), KIND, identity | _of_set(sets, name))
         for name, videos in sets.items()
         if videos.lines  # pictures alone are no set
     }
@@ -72,10 +75,13 @@ def score(config: Config) -> dict[str, Manifest]:
         "raft": config.score.raft,
         "measures": config.score.measures,
         "protocol": config.score.protocol,
+        "seconds": config.score.decode_seconds,
+        "memory": config.score.memory,
         "gpu": config.score.gpus > 0,
     }
     if parts:
-        _ask(config, detectors, sets)
+        if detectors:
+            _ask(config, detectors, sets)
         cluster.connect()
         if config.score.gpus:
             cluster.workers(config.score.gpus, "score.gpus")
@@ -86,9 +92,14 @@ def score(config: Config) -> dict[str, Manifest]:
         plans[name].begin(config.model_dump_json(indent=1))
     make_parts(KIND, "videos", [*chain(*parts.values())], Scorer, arguments, gpus=config.score.gpus)
     for name, own in parts.items():  # true clips before what is set against them
-        _finish(plans[name], own, None if name in (REFERENCE, REAL) else plans.get(REAL))
+        true = plans.get(REAL) if name not in (REFERENCE, REAL) else None
+        _finish(plans[name], own, true, _pairs(sets, name, sets[REAL].clips) if true else {})
     scores = {name: made.manifest() for name, made in plans.items()}
-    _evaluate(config, {name: sets[name] for name in scores if name != REFERENCE}, scores)
+    evaluated = {name: sets[name] for name in scores if name != REFERENCE}
+    made = {name: videos.made for name, videos in evaluated.items() if name in config.evaluation_rows()}
+    curves = measure_leakage(config, {name: manifest for name, manifest in made.items() if manifest})
+    with answering(config):
+        _evaluate(config, evaluated, scores, curves)
     return scores
 
 
@@ -106,10 +117,23 @@ def _measured_to(config: Config) -> str | None:
     return artifact.read_manifest(reference, KIND).fingerprint if there else None
 
 
+def _of_set(sets: dict[str, Videos], name: str) -> dict[str, str]:
+    """What is a set's own in the identity of its scores."""
+    pairs = [_pairs(sets, name, known) for known in (sets[REAL].images, sets[REAL].clips)] if REAL in sets else []
+    said = [{file: other.removeprefix(sets[REAL].uri) for file, other in each.items()} for each in pairs]
+    return {"videos": sets[name].identity, "pairs": artifact.fingerprint(said)}
+
+
+def _pairs(sets: dict[str, Videos], name: str, known: dict[str, str]) -> dict[str, str]:
+    """Of each video of a set what belongs to it. The reference is set against nothing."""
+    found = {line["file"]: partner(line, known) for line in sets[name].lines} if name != REFERENCE else {}
+    return {file: other for file, other in found.items() if other is not None}
+
+
 def _parts(sets: dict[str, Videos], name: str, made: Artifact) -> list[Part]:
     videos = sets[name]
-    images = sets[REAL].images if REAL in sets and name != REFERENCE else {}
-    lines = [{key: line[key] for key in KNOWN} | {"image": images.get(line["name"])} for line in videos.lines]
+    images = _pairs(sets, name, sets[REAL].images) if REAL in sets else {}
+    lines = [{key: line[key] for key in KNOWN} | {"image": images.get(line["file"])} for line in videos.lines]
     return [
         Part(made.path("parts", f"part-{i:05d}.jsonl"), {"folder": videos.uri, "lines": lot}, len(lot))
         for i, lot in enumerate(chunks(lines, VIDEOS_PER_PART))
@@ -134,19 +158,20 @@ def _identities(config: Config, detectors: dict[str, str]) -> dict[str, str]:
 def _ask(config: Config, detectors: dict[str, str], sets: dict[str, Videos]) -> None:
     """Each network once, before workers do, about videos that can be decoded until it answers."""
     refusal: UserError | None = None
-    lines = ((videos.uri, line["file"]) for videos in sets.values() for line in videos.lines[:8])
-    for uri, file in lines if detectors else ():
-        try:
-            frames, _ = seen(storage.read(storage.join(uri, file)), config.score.protocol)
-        except (BadVideo, ValueError):
-            continue
-        try:
-            for name, detector in detectors.items():
-                with refusing_weights(KEYS[name]):
-                    load_detector(name, detector)(frames[None])
-            return
-        except UserError as error:  # it may be the video, too short for it
-            refusal = refusal or error
+    uris = [storage.join(videos.uri, line["file"]) for videos in sets.values() for line in videos.lines[:8]]
+    with Seen(config.score.protocol, config.score.decode_seconds, config.score.memory) as seen:
+        for uri in uris:
+            try:
+                frames, _ = seen(uri)
+            except (BadVideo, ValueError):
+                continue
+            try:
+                for name, detector in detectors.items():
+                    with refusing_weights(KEYS[name]):
+                        load_detector(name, detector)(frames[None])
+                return
+            except UserError as error:  # it may be the video, too short for it
+                refusal = refusal or error
     if refusal:
         raise refusal
 
@@ -154,18 +179,18 @@ def _ask(config: Config, detectors: dict[str, str], sets: dict[str, Videos]) -> 
 # -- of each video -----------------------------------------------------------------------------------------------------
 
 
-def _finish(made: Artifact, parts: list[Part], real: Artifact | None) -> None:
-    """The table of scores and that of rejects; features stay in the parts."""
+def _finish(made: Artifact, parts: list[Part], real: Artifact | None, pairs: dict[str, str]) -> None:
+    """The table of scores and that of rejects; features stay in the parts. `pairs`: of each video its true clip."""
     found = [line for part in parts for line in storage.read_rows(part.uri)]
     rejects = [line for line in found if "reason" in line]
     table = [{k: v for k, v in line.items() if k not in FEATURES} for line in found if "reason" not in line]
     if len(found) != sum(part.size for part in parts):
         raise AssertionError(f"{made.uri}: {sum(part.size for part in parts)} videos, {len(found)} scored or rejected")
     true = storage.read_rows(real.path("scores.jsonl")) if real else []
-    truth = {line["name"]: line["motion"] for line in true}
+    truth = {line["file"]: line["motion"] for line in true}
     problems = []
     for line in table:
-        if (motion := truth.get(line["name"])) is not None:
+        if (motion := truth.get(pairs.get(line["file"], ""))) is not None:
             line["motion_lack"] = motion - line["motion"]
         if problem := line.pop("image_problem", None):
             problems.append({key: line[key] for key in KNOWN} | {"reason": "image", "message": problem})
@@ -180,35 +205,40 @@ def _finish(made: Artifact, parts: list[Part], real: Artifact | None) -> None:
 # -- in MLflow ---------------------------------------------------------------------------------------------------------
 
 
-def _evaluate(config: Config, sets: dict[str, Videos], scores: dict[str, Manifest]) -> None:
-    """A run for each set. One that is finished stays as it is, but for a leakage that could not be measured then."""
+def _evaluate(
+    config: Config, sets: dict[str, Videos], scores: dict[str, Manifest], curves: dict[str, dict[str, Any]]
+) -> None:
+    """A run for each set. One that is finished stays as it is, but for a leakage that is another one by now."""
     done = {
-        (run.info.run_name, run.data.tags["cil.fingerprint"]): run.data.metrics
+        (run.info.run_name, run.data.tags["cil.fingerprint"]): run.data
         for run in runs(config, "evaluate")
         if run.info.status == "FINISHED"
     }
-    curves = measure_leakage(config, [name for name in config.evaluation_rows() if name in sets])
     for name, videos in sets.items():
         known_by = evaluation(config, scores[name])
-        values, curve = done.get((name, known_by)), curves.get(name)
-        leakage = {"leakage": curve["leakage"]} if curve and curve["leakage"] is not None else {}
-        if values is None or leakage.keys() - values.keys():
-            found = summarise(config, scores[name], scores.get(REAL), scores.get(REFERENCE))
-            values = found.values | leakage
+        finished, curve = done.get((name, known_by)), curves.get(name)
+        values = dict(finished.metrics) if finished else {}
+        if finished is None or (curve and finished.tags.get("cil.leakage") != curve["uri"]):
             run = Run(config, name, "evaluate", known_by)
-            run.parameters(_settings(config, scores[name], videos))
-            run.tags({"row": name, "videos": videos.uri, "scores": scores[name].uri})
-            if row := config.evaluation_rows().get(name):
-                run.tags({"weights": row.weights})
+            if finished is None:
+                found = summarise(config, scores[name], scores.get(REAL), scores.get(REFERENCE))
+                values = found.values
+                run.parameters(_settings(config, scores[name], videos))
+                run.tags({"row": name, "videos": videos.uri, "scores": scores[name].uri})
+                if row := config.evaluation_rows().get(name):
+                    run.tags({"weights": row.weights})
+                if found.warnings:
+                    run.tags({"too_small": "; ".join(found.warnings)})
+                    print("\n".join(f"{KIND}: {name}: {warning}" for warning in found.warnings))
+                run.metrics(values)
+                for file, content in found.files.items():
+                    run.file(file, json.dumps(content, indent=1).encode())
             if curve:
+                if curve["leakage"] is not None:
+                    values["leakage"] = curve["leakage"]
+                    run.renew("leakage", curve["leakage"])
+                run.file("leakage.json", storage.read(storage.join(curve["uri"], FILE)))
                 run.tags({"leakage": curve["uri"]})
-                found.files["leakage.json"] = json.loads(storage.read(storage.join(curve["uri"], FILE)))
-            if found.warnings:
-                run.tags({"too_small": "; ".join(found.warnings)})
-                print("\n".join(f"{KIND}: {name}: {warning}" for warning in found.warnings))
-            run.metrics(values)
-            for file, content in found.files.items():
-                run.file(file, json.dumps(content, indent=1).encode())
             run.finish()
         told = ", ".join(
             f"{key} {value:.3f}" for key, value in sorted(values.items()) if key not in ("videos", "rejects")
@@ -227,5 +257,12 @@ def _settings(config: Config, scores: Manifest, videos: Videos) -> dict[str, Any
     told |= {key: made[key] for key in SAMPLED if key in made}
     weights = storage.join(config.out, "weights", row.weights)
     if row.weights in config.training_rows() and storage.exists(storage.join(weights, "manifest.json")):
-        told["train"] = artifact.read_manifest(weights, "weights").identity["row"]
+        trained = artifact.read_manifest(weights, WEIGHTS)
+        if made["weights"] == known_as(trained, row.settings.ema):
+            told["train"] = trained.identity["row"]
+        else:
+            print(
+                f"{KIND}: {posixpath.basename(scores.uri)}: its videos are of other weights than {weights} holds now:"
+            )
+            print("    its run has no parameters of their training")
     return told

@@ -2,7 +2,9 @@
 
 import base64
 import posixpath
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 import safetensors.torch
@@ -19,8 +21,9 @@ from cil.metrics.features import VelocityNet
 from cil.metrics.motion import Flow, first_frame_error
 from cil.metrics.raft import Raft
 from pipelines import storage
+from pipelines.decoding import Decoded, DecodePool, TooLarge
 from pipelines.parts import Made
-from pipelines.video import BadVideo, PyAVDecoder, fit
+from pipelines.video import BadVideo, PyAVDecoder
 
 VIDEO = (".mp4",)
 KNOWN = ("clip_id", "file", "name")  # of a video, in its line
@@ -37,6 +40,8 @@ class Scorer:
         clip: str | None,
         measures: list[str],
         protocol: str,
+        seconds: float,
+        memory: float,
         gpu: bool,
         raft: str | None = None,
     ) -> None:
@@ -46,23 +51,24 @@ class Scorer:
         self.detectors = {name: load_detector(name, uri).to(device) for name, uri in detectors.items()}
         self.clip = clip and ClipSimilarity.load(storage.kept_copy(clip)).to(device)
         self.flow = Raft.load(storage.kept_copy(raft)).to(device) if raft else Flow
-        self.measures, self.protocol = measures, protocol
+        self.measures = measures
+        self.seen = Seen(protocol, seconds, memory)
 
     def __call__(self, plan: dict[str, Any]) -> Made:
         lines = []
-        for line in plan["lines"]:
+        uris = [storage.join(plan["folder"], line["file"]) for line in plan["lines"]]
+        for line, uri, decoded in zip(plan["lines"], uris, self.seen.ahead(uris), strict=True):
             known = {key: line[key] for key in KNOWN}
             try:
-                lines.append(known | self.scores(storage.join(plan["folder"], line["file"]), line["image"]))
+                lines.append(known | self.scores(*decoded.result(), uri, line["image"]))
             except BadVideo as error:
                 lines.append(known | {"reason": error.reason, "message": str(error)[:500]})
-            except ValueError as error:  # too short, too small
+            except ValueError as error:  # too short, too small, too large
                 lines.append(known | {"reason": "unfit", "message": str(error)[:500]})
         return Made(storage.to_rows(lines))
 
-    def scores(self, uri: str, image: str | None) -> dict[str, Any]:
+    def scores(self, frames: Tensor, fps: float, uri: str, image: str | None) -> dict[str, Any]:
         """`image`: the file with the conditional image, a picture or the true clip; of a true clip itself."""
-        frames, fps = seen(storage.read(uri), self.protocol)
         size = frames.shape[1:3]
         flow = self.flow(frames)
         found: dict[str, Any] = {"motion": flow.mean, "dynamic": is_dynamic(fastest(flow), min(size), fps or FPS)}
@@ -71,7 +77,7 @@ class Scorer:
             found |= {"speed": float(velocity[0].norm()), "velocity": _text(features[0])}
         if image and "alignment" in self.measures:
             try:
-                found |= self.alignment(frames[0], frames[0] if image == uri else first_picture(image, *size))
+                found |= self.alignment(frames[0], frames[0] if image == uri else self.seen.first(image, *size))
             except (BadVideo, ValueError) as problem:  # the video is as good as before
                 found["image_problem"] = f"{posixpath.basename(image)}: {problem}"[:500]
         if "consistency" in self.measures:
@@ -92,19 +98,50 @@ class Scorer:
         return found | ({"clip_similarity": self.clip(picture, image)} if self.clip else {})
 
 
-def seen(data: bytes, protocol: str) -> tuple[Tensor, float]:
-    """The frames of a video that are looked at, and how many of them are a second; 0: nobody knows."""
-    video = PyAVDecoder(data)
-    wanted = FVD.indices(video.count, video.fps) if protocol == "paper" else range(video.count)
-    return torch.from_numpy(video.frames(wanted)), FVD.fps if protocol == "paper" else video.fps
+class Seen:
+    """The frames of videos that are looked at, decoded in a process of its own: whoever made them."""
 
+    def __init__(self, protocol: str, seconds: float, memory: float) -> None:
+        """`memory`: GB of a video's frames, and of its file."""
+        self.protocol, self._most = protocol, round(memory * 1e9)
+        self._pool = DecodePool(PyAVDecoder, seconds, most=self._most)
+        self.ahead = partial(self._pool.ahead, self)
 
-def first_picture(uri: str, height: int, width: int) -> Tensor:
-    """A picture, or a video's first frame, cut to this size as conditional images are."""
-    data = storage.read(uri)
-    if uri.lower().endswith(VIDEO):
-        return fit(PyAVDecoder(data).frames([0]), height, width)[0]
-    return read_image(data, height, width)
+    def __call__(self, uri: str) -> tuple[Tensor, float]:
+        """And how many of them are a second; 0: nobody knows."""
+        video = self._decoded(uri, FVD.indices if self.protocol == "paper" else lambda count, fps: range(count))
+        return video.frames, FVD.fps if self.protocol == "paper" else video.fps
+
+    def first(self, uri: str, height: int, width: int) -> Tensor:
+        """A picture, or a video's first frame, cut to this size as conditional images are."""
+        if uri.lower().endswith(VIDEO):
+            return self._decoded(uri, lambda count, fps: [0], height, width).frames[0]
+        return read_image(self._read(uri), height, width)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.close()
+
+    def _decoded(
+        self,
+        uri: str,
+        wanted: Callable[[int, float], Sequence[int]],
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Decoded:
+        try:
+            return self._pool(self._read(uri), wanted, height, width)
+        except TooLarge as error:
+            raise ValueError(f"{error}: cut it, take score.protocol=paper, or set score.memory higher") from None
+
+    def _read(self, uri: str) -> bytes:
+        """No more of it than shows that it is too large."""
+        try:
+            return storage.read_range(uri, 0, self._most + 1)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise BadVideo("missing", "there is no such file any more") from None
 
 
 def load_net(uri: str) -> VelocityNet:

@@ -1,10 +1,13 @@
 """The sets of videos that are scored: those of the study, and folders of files made elsewhere.
 
-A video, its true clip and its conditional image have files of the same name, but for the seed in that of a video.
+A video, its true clip and its conditional image have files of the same name, but for the seed in that of a video. Of
+the study's videos the index says which image each began with. Where a name means several files, nothing is guessed.
 """
 
 import hashlib
 import posixpath
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +29,8 @@ class Videos:
     uri: str
     fingerprint: str
     lines: list[dict[str, Any]]  # file, clip_id, name, and of the study's what else is known
-    images: dict[str, str]  # by name, the file with the conditional image
+    images: dict[str, str]  # by what is known of a video, the file with its conditional image
+    clips: dict[str, str]  # and that of the true clip, as a line has it
     made: Manifest | None  # of the study's
 
     @property
@@ -38,8 +42,9 @@ def sets_of(config: Config) -> dict[str, Videos]:
     """The reference and the true clips, where there are any, and what is scored."""
     settings, sets, missing = config.score, dict[str, Videos](), []
     images = config.generate.images
-    if images and images.lower().endswith(TABLES):
-        images = None  # whose images may lie anywhere
+    begun_with = images or ""
+    if begun_with.lower().endswith(TABLES):
+        images, begun_with = None, posixpath.dirname(begun_with)  # they may lie anywhere
     given = {REFERENCE: settings.reference, REAL: settings.real or images}
     for name in (REFERENCE, REAL, *config.evaluation_rows()):
         folder = storage.join(config.out, "videos", name)
@@ -47,7 +52,7 @@ def sets_of(config: Config) -> dict[str, Videos]:
             key = f"score.{name}" if getattr(settings, name) else "generate.images"
             sets[name] = _folder(key, uri, name == REAL)
         elif not _optional(config, name) or storage.exists(storage.join(folder, "manifest.json")):
-            sets[name] = generated(artifact.read_manifest(folder, VIDEOS))
+            sets[name] = generated(artifact.read_manifest(folder, VIDEOS), begun_with)
         else:
             missing.append(name)
     if missing and sets.keys() - given.keys():
@@ -60,11 +65,9 @@ def sets_of(config: Config) -> dict[str, Videos]:
         _say_overlap(sets)
     if settings.protocol == "paper":
         most = (INCEPTION_SCORE if settings.inception else FVD).videos
-        asked = {line["name"] for name, videos in sets.items() if name not in given for line in videos.lines[:most]}
         for name, videos in sets.items():
-            if name == REAL:  # of more true clips than are seen, those of the videos that are
-                videos.lines.sort(key=lambda line: line["name"] not in asked)
-            del videos.lines[most:]
+            if name != REAL:  # true clips all: which of them have a video is another question for each set
+                del videos.lines[most:]
     return sets
 
 
@@ -73,30 +76,60 @@ def _optional(config: Config, name: str) -> bool:
     return bool(config.score.videos) or (config.generate.images is not None and name in (REAL, REFERENCE))
 
 
-def generated(made: Manifest) -> Videos:
+def generated(made: Manifest, begun_with: str = "") -> Videos:
+    """`begun_with`: where its images lie, if they were made elsewhere."""
     index = storage.read_rows(storage.join(made.uri, "index.jsonl"))
-    # Of an image made elsewhere the name that it has there.
-    names = [name_of(line["image"]) if "image" in line else line["clip_id"].replace(":", "_") for line in index]
-    lines = [line | {"name": name} for line, name in zip(index, names, strict=True)]
+    # Of an image made elsewhere the name that it has there, with its ending if there is another one of that name.
+    unclear = _shared({line["image"] for line in index if "image" in line})
+    lines = []
+    for line in index:
+        if image := line.get("image"):
+            name = image if name_of(image) in unclear else name_of(image)
+            lines.append(line | {"name": name, "from": [storage.join(begun_with, image), image]})
+        else:
+            lines.append(line | {"name": line["clip_id"].replace(":", "_"), "from": []})
     lines.sort(key=lambda line: _hash(line["file"]))
-    images = {line["name"]: storage.join(made.uri, line["file"]) for line in lines}
-    return Videos(made.uri, made.fingerprint, lines, images, made)
+    clips = {line["name"]: line["file"] for line in lines}
+    images = {name: storage.join(made.uri, file) for name, file in clips.items()}
+    return Videos(made.uri, made.fingerprint, lines, images, clips, made)
 
 
 def _folder(key: str, uri: str, pictures: bool = False) -> Videos:
-    """Of files made elsewhere, known by their names and sizes."""
+    """Of files made elsewhere, known by their names, sizes and the times when they were written."""
     if not storage.exists(uri):
         raise UserError(f"{key}={uri}: there is nothing")
     endings = (*VIDEO, *ENDINGS) if pictures else VIDEO
-    sizes = {file: size for file, size in storage.sizes_below(uri).items() if file.lower().endswith(endings)}
-    if not sizes:
+    found = {file: told for file, told in storage.versions_below(uri).items() if file.lower().endswith(endings)}
+    if not found:
         raise UserError(f"{key}={uri}: holds no {'.mp4 and no picture' if pictures else '.mp4'}")
-    files = sorted(sizes, key=lambda file: _hash(name_of(file)))
+    files = sorted(found, key=lambda file: _hash(name_of(file)))
     videos = [file for file in files if file.lower().endswith(VIDEO)]
+    shown = [file for file in files if not file.lower().endswith(VIDEO)]
+    clips, images = _named(key, uri, videos), _named(key, uri, shown)
     # A picture before a video of the same name: it is the image itself.
-    images = {name_of(file): storage.join(uri, file) for file in [*videos, *(f for f in files if f not in set(videos))]}
-    lines = [{"file": file} | dict.fromkeys(("clip_id", "name"), name_of(file)) for file in videos]
-    return Videos(uri, artifact.fingerprint(sorted(sizes.items())), lines, images, None)
+    images = {name: storage.join(uri, file) for name, file in (clips | images).items()}
+    lines = [{"file": file, "from": []} | dict.fromkeys(("clip_id", "name"), name_of(file)) for file in videos]
+    return Videos(uri, artifact.fingerprint(sorted(found.items())), lines, images, clips, None)
+
+
+def _named(key: str, uri: str, files: list[str]) -> dict[str, str]:
+    """By their whole URI, their name with its ending, and their name without it, if that is one file's."""
+    unclear = _shared(files)
+    if unclear:
+        several = ", ".join(sorted(file for file in files if name_of(file) in unclear)[:4])
+        print(f"scores: {key}={uri}: {len(unclear)} names mean several files each ({several} ...): no pair is guessed")
+    names = {name_of(file): file for file in files if name_of(file) not in unclear}
+    return names | {file: file for file in files} | {storage.join(uri, file): file for file in files}
+
+
+def _shared(files: Iterable[str]) -> set[str]:
+    """Names that several files have but for their ending."""
+    return {name for name, count in Counter(map(name_of, files)).items() if count > 1}
+
+
+def partner(line: dict[str, Any], files: dict[str, str]) -> str | None:
+    """What belongs to a video: by the image that it began with, by its name, by its id."""
+    return next((files[key] for key in (*line["from"], line["name"], line["clip_id"]) if key in files), None)
 
 
 def name_of(file: str) -> str:
@@ -109,7 +142,7 @@ def _hash(name: str) -> str:
 
 def _say_overlap(sets: dict[str, Videos]) -> None:
     for name, videos in sets.items():
-        both = sum(line["name"] in sets[REAL].images for line in videos.lines)
+        both = sum(partner(line, sets[REAL].images) is not None for line in videos.lines)
         if both < len(videos.lines) and name not in (REAL, REFERENCE):
             told = f"{both} of its {len(videos.lines)} videos have a true clip or a conditional image of their name"
             absent = "what is measured against these is absent" if not both else "the others count where none is needed"

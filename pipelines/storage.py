@@ -245,14 +245,16 @@ def files_below(uri: str) -> list[str]:
     return sorted(found)
 
 
-def sizes_below(uri: str) -> dict[str, int]:
-    """Of the same files, the bytes of each."""
+def versions_below(uri: str) -> dict[str, list[Any]]:
+    """Of the same files the bytes of each, and what is another one when it is written anew: its time, or its ETag."""
     if is_local(uri):
-        return {name: os.path.getsize(os.path.join(uri, name)) for name in files_below(uri)}
+        stats = {name: os.stat(os.path.join(uri, name)) for name in files_below(uri)}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     with _remote(uri) as remote:
         skipped = len(remote._strip_protocol(uri).rstrip("/")) + 1
-        found = {path[skipped:]: int(info["size"]) for path, info in remote.find(uri, detail=True).items()}
-        return {name: size for name, size in sorted(found.items()) if name and not name.endswith("/")}
+        found = {path[skipped:]: info for path, info in remote.find(uri, detail=True).items()}
+        kept = {name: info for name, info in sorted(found.items()) if name and not name.endswith("/")}
+        return {name: [int(info["size"]), info.get("ETag")] for name, info in kept.items()}
 
 
 def _raise(error: OSError) -> None:

@@ -20,7 +20,7 @@ from pipelines.errors import UserError, shown
 from pipelines.generate import REAL
 from pipelines.score import KIND as SCORES
 from pipelines.score import evaluation
-from pipelines.tracking import experiments, refuse_unreachable, run_of, runs, search
+from pipelines.tracking import answering, experiments, refuse_unreachable, run_of, runs, search
 
 CONFIDENCE = 0.95
 EVALUATE = "evaluate"
@@ -301,7 +301,8 @@ def one_of_each(ours: Arm, theirs: Arm, metric: str) -> list[dict[str, float]]:
 
 
 def read_study(config: Config) -> Study:
-    study = _of_runs(config) if config.compare.of_runs else _of_configuration(config)
+    with answering(config):
+        study = _of_runs(config) if config.compare.of_runs else _of_configuration(config)
     for arm in study.arms.values():
         for seed, run in sorted(arm.runs.items()):
             arm.videos[seed] = _videos(run, study.notes)

@@ -115,7 +115,8 @@ def _measure_distances(config: Config, found: Summary, ours: Manifest, reference
                 found.warnings.append(f"fvd: {who} has {warning}")
         if config.score.bootstrap and max(a.count, b.count) <= KEPT:
             x, y = (torch.cat([*_features(scores, column, limit)]) for scores in (ours, reference))
-            replicates = frechet_replicates(x, y, config.score.bootstrap)
+            images = (_images(ours, column, limit), _images(reference, column, limit))
+            replicates = frechet_replicates(x, y, config.score.bootstrap, clusters=images)
             found.values["fvd_low"], found.values["fvd_high"] = interval(found.values["fvd"], replicates)
 
 
@@ -144,17 +145,28 @@ def _measure_inception(config: Config, found: Summary, ours: Manifest) -> None:
         found.warnings.append(f"is: this set has {told}: compare it only with those of sets as large")
     if config.score.bootstrap and videos <= KEPT:
         p = torch.cat([*_features(ours, "classes", videos)])
-        replicates = score_replicates(p, split_of(torch.arange(videos), videos, splits), splits, config.score.bootstrap)
+        split, images = split_of(torch.arange(videos), videos, splits), _images(ours, "classes", videos)
+        replicates = score_replicates(p, split, splits, config.score.bootstrap, clusters=images)
         found.values["is_low"], found.values["is_high"] = interval(found.values["is"], replicates)
 
 
 def _features(scores: Manifest, column: str, most: int | None = None) -> Iterator[Tensor]:
     """[N, D] of each part, of the first `most` videos in all."""
+    for rows in _told(scores, column, most):
+        yield torch.from_numpy(np.stack([features_of(row[column]) for row in rows]))
+
+
+def _images(scores: Manifest, column: str, most: int | None) -> list[str]:
+    """Of the same videos which image each is of: several are where there are several seeds."""
+    return [row["clip_id"] for rows in _told(scores, column, most) for row in rows]
+
+
+def _told(scores: Manifest, column: str, most: int | None) -> Iterator[list[dict[str, Any]]]:
     left = most
     for i in range(scores.counts["parts"]):
         if left == 0:
             return
         rows = storage.read_rows(storage.join(scores.uri, "parts", f"part-{i:05d}.jsonl"))
-        if found := [features_of(row[column]) for row in rows if column in row][:left]:
+        if found := [row for row in rows if column in row][:left]:
             left = None if left is None else left - len(found)
-            yield torch.from_numpy(np.stack(found))
+            yield found

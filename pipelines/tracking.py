@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -64,6 +64,12 @@ class Run:
         at = _now() if at is None else at
         self._client.log_batch(self.id, metrics=[Metric(name, value, at, step) for name, value in new.items()])
         self._last |= dict.fromkeys(new, step)
+
+    def renew(self, name: str, value: float) -> None:
+        """What may be another value later: that has a step of its own, and the last one counts."""
+        points = sorted(self._client.get_metric_history(self.id, name), key=lambda point: int(point.step))
+        if not points or points[-1].value != value:
+            self.metrics({name: value}, points[-1].step + 1 if points else 0)
 
     def file(self, name: str, data: bytes) -> None:
         """`name`: folders and all, in the run's artifacts."""
@@ -229,7 +235,29 @@ def refuse_unreachable(config: Config) -> None:
         try:
             open_study(config)
         except MlflowException as error:
+            if _away(error):
+                raise Unfinished(f"tracking.uri={config.tracking.uri}: does not answer ({_one_line(error)})") from None
             raise UserError(f"tracking.uri={config.tracking.uri}: {_one_line(error)}") from None
+
+
+@contextlib.contextmanager
+def answering(config: Config) -> Iterator[None]:
+    """A store that goes away while it is read or told costs this attempt, and is one line."""
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    _be_brief()
+    try:
+        yield
+    except (MlflowException, RequestException, SQLAlchemyError) as error:
+        kept = "what is made stays, and the same command goes on when the store answers"
+        raise Unfinished(f"tracking.uri={store_uri(config)}: {_one_line(error)}; {kept}") from None
+
+
+def _away(error: Exception) -> bool:
+    """Whether a server did not answer at all, or not to its end: MLflow says so in words alone."""
+    return isinstance(error.__cause__ or error.__context__, OSError)
 
 
 def _refuse_silent(config: Config) -> bool:
@@ -286,6 +314,8 @@ def search(config: Config, experiment: str, matching: str) -> list[Any]:
     try:
         return list(client.search_runs([found.experiment_id], matching, max_results=5000))
     except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
         raise UserError(f"compare.filter={matching}: {_one_line(error)}") from None
 
 
@@ -295,7 +325,9 @@ def run_of(config: Config, known_by: str, notes: list[str]) -> Any | None:
 
     try:
         return _existing(config).get_run(known_by)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
         notes.append(f"{known_by}: {store_uri(config)} has no such run; it is left out.")
         return None
 
@@ -314,11 +346,17 @@ def experiments(config: Config, found: list[Any]) -> list[str]:
 
 def read_file(config: Config, run: Any, name: str) -> bytes | None:
     """Of a run's artifacts; None where there is none of that name, or no way to them from here."""
+    from mlflow.exceptions import MlflowException
+
     client = _existing(config)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    with contextlib.suppress(Exception), tempfile.TemporaryDirectory() as folder:  # whoever keeps them, in their words
-        if any(file.path == name for file in client.list_artifacts(run.info.run_id)):
-            return Path(client.download_artifacts(run.info.run_id, name, folder)).read_bytes()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if any(file.path == name for file in client.list_artifacts(run.info.run_id)):
+                return Path(client.download_artifacts(run.info.run_id, name, folder)).read_bytes()
+    except Exception as error:  # whoever keeps them, in their words
+        if isinstance(error, MlflowException) and _away(error):
+            raise  # it would be there if the server were
     return None
 
 

@@ -59,6 +59,7 @@ class Decoder(Protocol):
 
     count: int
     fps: float
+    size: tuple[int, int]  # height and width, as the file says, before its pictures are turned
 
     def __init__(self, data: bytes) -> None: ...
 
@@ -96,6 +97,7 @@ class PyAVDecoder:
         self._length_size = _avcc_length_size(self._context)
         self.count = len(self._pts)
         self.fps = float(stream.average_rate or 0)
+        self.size = self._context.height, self._context.width
 
     def frames(self, wanted: Sequence[int]) -> np.ndarray:
         pts = {self._pts[i] for i in wanted}

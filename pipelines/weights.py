@@ -78,8 +78,13 @@ def is_ours(uri: str) -> bool:
 def fingerprint_of(config: Config, family: Family, row: str, averaged: bool = True) -> str:
     """Of the weights of a row, at a URI, or of the family's own: whatever the file, its values count."""
     if _made_here(row):
-        return f"{read_weights(config, row).fingerprint}-{KINDS[averaged]}"
+        return known_as(read_weights(config, row), averaged)
     return _digest(family, _files(config, family, row, averaged), averaged)
+
+
+def known_as(trained: Manifest, averaged: bool) -> str:
+    """Of weights that are ours."""
+    return f"{trained.fingerprint}-{KINDS[averaged]}"
 
 
 @cache

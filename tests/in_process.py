@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import asdict
 
 import pytest
+import torch
 
 from pipelines import storage
 from pipelines.decoding import Decoded
@@ -42,7 +43,7 @@ class DecodeHere:
 
     busy = 0.0
 
-    def __init__(self, decoder, seconds, processes) -> None:
+    def __init__(self, decoder, seconds, processes=1, most=None) -> None:
         self._decoder = decoder
 
     def __enter__(self):
@@ -51,10 +52,15 @@ class DecodeHere:
     def __exit__(self, *error) -> None:
         pass
 
-    def __call__(self, data, wanted, height, width, crop) -> Decoded:
+    def close(self) -> None:
+        pass
+
+    def __call__(self, data, wanted, height=None, width=None, crop=None) -> Decoded:
         video = self._decoder(data)
         indices = list(wanted(video.count, video.fps))
-        return Decoded(fit(video.frames(indices), height, width, crop), indices, video.count, video.fps)
+        pictures = video.frames(indices)
+        frames = torch.from_numpy(pictures) if height is None else fit(pictures, height, width, crop)
+        return Decoded(frames, indices, video.count, video.fps)
 
     def ahead(self, function, items) -> Iterator[Future]:
         for item in items:
@@ -68,7 +74,8 @@ class DecodeHere:
 
 def instead_of_ray(monkeypatch: pytest.MonkeyPatch) -> Here:
     ours = Here()
-    monkeypatch.setattr("pipelines.clips.DecodePool", DecodeHere)
+    for module in ("clips", "scorer"):
+        monkeypatch.setattr(f"pipelines.{module}.DecodePool", DecodeHere)
     monkeypatch.setattr("ray.put", lambda value: value)
     monkeypatch.setattr("pipelines.cluster.connect", lambda: None)
     monkeypatch.setattr("pipelines.cluster.refuse_unseen", lambda files: None)

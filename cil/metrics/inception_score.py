@@ -6,6 +6,7 @@ scores = state.merge(others).scores                            # one for each te
 low, high = interval(float(scores.mean()), score_replicates(all_probabilities, all_splits))
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,15 +63,31 @@ class ClassMoments:
 
 
 def score_replicates(
-    probabilities: Tensor, split: Tensor, splits: int = SPLITS, times: int = 1000, seed: int = 0
+    probabilities: Tensor,
+    split: Tensor,
+    splits: int = SPLITS,
+    times: int = 1000,
+    seed: int = 0,
+    clusters: Sequence[Hashable] | None = None,
 ) -> Tensor:
-    """[times] means over splits, each split drawn anew from itself: for `cil.metrics.bootstrap.interval`."""
+    """[times] means over splits, each split drawn anew from itself: for `cil.metrics.bootstrap.interval`.
+
+    `clusters`: what `resampled` takes. Those of one may be in several splits, so that all splits are drawn at once, and
+    those that get nothing are left out.
+    """
+    if clusters is not None and len(set(clusters)) < len(clusters):
+        drawn = [draw.bincount(minlength=len(split)) for draw in resampled(len(split), times, seed, clusters)]
+        weights = [torch.stack(drawn)[:, split == number].double() for number in range(splits)]
+    else:
+        sizes = [int((split == number).sum()) for number in range(splits)]
+        weights = [
+            torch.stack([draw.bincount(minlength=size) for draw in resampled(size, times, seed + number)]).double()
+            for number, size in enumerate(sizes)
+        ]
     found = []
-    for number in range(splits):
+    for number, weight in enumerate(weights):
         p = probabilities[split == number].double().cpu()
-        draws = resampled(len(p), times, seed + number)
-        weight = torch.stack([drawn.bincount(minlength=len(p)) for drawn in draws]).double()
-        certainty = weight @ torch.xlogy(p, p).sum(1)
-        count = torch.full((times,), float(len(p)), dtype=torch.float64)
-        found.append(ClassMoments(count, weight @ p, certainty).scores)
-    return torch.stack(found).mean(0)
+        count = weight.sum(1)
+        mean, certainty = weight @ p / count[:, None], weight @ torch.xlogy(p, p).sum(1) / count
+        found.append((certainty - torch.xlogy(mean, mean).sum(1)).exp())  # NaN where the count is 0
+    return torch.stack(found).nanmean(0)

@@ -103,3 +103,18 @@ def test_splits_are_drawn_apart_from_each_other():
     split = torch.arange(4).repeat_interleave(60)
     one, four = score_replicates(p, split[:60], 1), score_replicates(p.repeat(4, 1), split, 4)
     assert float(four.std() / one.std()) == pytest.approx(0.5, rel=0.15)
+
+
+def test_videos_of_one_image_are_drawn_together_whatever_split_they_are_in():
+    p = logits(40, 4).softmax(1)
+    twice, split = p.repeat(2, 1), split_of(torch.arange(80), 80, 2)  # each in both splits
+    images = [*range(40)] * 2
+    found = score_replicates(twice, split, 2, times=400, clusters=images)
+    # Both splits are drawn alike, so their mean is as uncertain as one of them: apart from each other less so.
+    one, apart = (score_replicates(x, split[:n], k, times=400) for x, n, k in ((p, 40, 1), (twice, 80, 2)))
+    assert float(found.std()) == pytest.approx(float(one.std()), rel=0.15)
+    assert float(apart.std()) == pytest.approx(float(one.std()) / 2**0.5, rel=0.15)
+    each = score_replicates(p, split[:40], 1, times=400, clusters=[*range(40)])
+    assert torch.equal(each, one)
+    few = score_replicates(twice[:4], split_of(torch.arange(4), 4, 4), 4, times=50, clusters=[0, 0, 1, 1])
+    assert torch.isfinite(few).all()  # though some splits got nothing

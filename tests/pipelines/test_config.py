@@ -190,6 +190,29 @@ def test_a_file_that_is_missing_is_named():
         load("nowhere.yaml")
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql://h/db?password=hunter2",
+        "postgresql:///db?host=h&sslpassword=hunter2",
+        "mysql+pymysql://h/db?charset=utf8&passwd=hunter2",
+        "https://mlflow.example.org/?token=hunter2",
+        "https://mlflow.example.org/?API-Key=hunter2",
+        "https://mlflow.example.org/?%70assword=hunter2",
+        "https://mlflow.example.org/#access_token=hunter2",
+    ],
+)
+def test_a_password_behind_the_address_of_the_tracking_server_is_refused_and_not_repeated(uri):
+    with pytest.raises(UserError, match=r"^tracking\.uri holds a password: .*PGPASSWORD$") as error:
+        load(None, [f"tracking.uri={uri}"])
+    assert "hunter2" not in str(error.value)
+
+
+def test_what_an_address_asks_for_beside_passwords_is_no_secret():
+    for uri in ("postgresql://h/db?sslmode=require&sslkey=/a.key", "sqlite:////a/mlflow.db?timeout=5"):
+        assert load(None, [f"tracking.uri={uri}"]).tracking.uri == uri
+
+
 def test_a_password_in_the_address_of_the_tracking_server_is_refused_and_not_repeated():
     with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as error:
         load(None, ["tracking.uri=https://me:hunter2@mlflow.example.org"])

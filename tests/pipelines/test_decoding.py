@@ -22,7 +22,7 @@ from test_video import textured, video
 from pipelines import cluster
 from pipelines.catalog import read_catalog
 from pipelines.clips import PartMaker
-from pipelines.decoding import DecodePool
+from pipelines.decoding import DecodePool, TooLarge
 from pipelines.video import DECODERS, BadVideo, PyAVDecoder, fit
 
 LIMIT = 3.0  # seconds; a small video takes milliseconds
@@ -57,6 +57,8 @@ class Perilous(PyAVDecoder):
             case b"memory":
                 resource.setrlimit(resource.RLIMIT_AS, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,) * 2)
                 np.ones((1 << 16, 1 << 16))
+            case b"much":
+                np.ones(50 << 30, np.uint8)
             case b"defect":
                 raise ZeroDivisionError("a defect of ours")
             case b"wait":
@@ -165,6 +167,28 @@ def test_a_decode_that_dies_costs_only_its_own_row(perilous, stage, peril, said)
         decode(perilous, f"{stage}: {peril}".encode())
     assert error.value.reason == "decoder_died"
     assert torch.equal(decode(perilous), RIGHT)
+
+
+@pytest.mark.parametrize("stage", ["open", "frames"])
+def test_a_decode_that_takes_more_memory_than_it_may_dies_whatever_the_machine_has(stage):
+    with DecodePool(Perilous, LIMIT, most=10**7) as pool:
+        with pytest.raises(BadVideo, match=r"exit code 1|SIGALRM") as error:  # on a busy machine it ends slowly
+            decode(pool, f"{stage}: much".encode())
+        assert error.value.reason == "decoder_died"
+        assert torch.equal(decode(pool), RIGHT)
+
+
+def test_frames_stay_as_they_are_where_no_size_is_asked_for_and_more_than_is_allowed_is_refused_before_it_is_decoded():
+    right, allowed = PyAVDecoder(GOOD).frames(WANTED), 10**5
+    assert right.nbytes < allowed < 20 * right.nbytes // 3
+    with DecodePool(Perilous, LIMIT, most=allowed) as pool:
+        assert torch.equal(pool(GOOD, wanted).frames, torch.from_numpy(right))
+        before = pid(pool)
+        with pytest.raises(TooLarge, match=r"^20 frames of 96x64 are 0\.000369 GB, and 0\.0001 GB are allowed$"):
+            pool(b"frames: hang", lambda count, fps: range(count))
+        with pytest.raises(TooLarge, match=r"^the file is larger than the 0\.0001 GB that are allowed$"):
+            pool(bytes(allowed + 1), wanted)
+        assert pid(pool) == before
 
 
 def test_a_video_that_the_machine_held_up_is_decoded_by_the_next_process(perilous):

@@ -1,11 +1,13 @@
 """jobs.score on sets of videos, also made elsewhere: what is measured of them, and what is said of what cannot be."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -13,6 +15,7 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 from published import C3D, I3D, saved, write_clip, write_raft
+from test_decoding import Perilous
 from test_generate import picture, shaken
 from torch import Tensor
 
@@ -25,10 +28,13 @@ from cil.metrics.inception_score import ClassMoments, split_of
 from cil.metrics.motion import motion_score
 from cil.metrics.spectra import spatial_spectrum, temporal_spectrum
 from pipelines import storage
+from pipelines.artifact import Artifact
+from pipelines.cache import build_cache
 from pipelines.config import load
+from pipelines.decoding import DecodePool
 from pipelines.errors import UserError
 from pipelines.generate import generate
-from pipelines.models import family_of
+from pipelines.models import family_of, shape_of
 from pipelines.score import score
 from pipelines.tracking import runs
 from pipelines.video import PyAVDecoder, decode_all, encode
@@ -184,6 +190,37 @@ def test_conditional_images_may_be_pictures_of_another_size_without_true_clips(t
     assert not Path(config.out, "scores/real").exists()
     assert run_of(config).data.metrics["clip_similarity"] > 0.99
     assert len(run_of(config).data.params["score.clip"]) == 16
+
+
+def test_where_a_name_means_two_files_no_pair_is_guessed(told, sets, tmp_path, capfd):
+    real = tmp_path / "real"
+    shutil.copytree(sets / "images", real)
+    shutil.copy(real / "n1.png", real / "n1.jpg")
+    for name in ("n4.mp4", "n4.MP4", "n5.mp4"):
+        shutil.copy(sets / "true/n5.mp4", real / name)
+    config = told(f"score.real={real}")
+    score(config)
+    lines, said = table(config), capfd.readouterr().out
+    assert f"score.real={real}: 1 names mean several files each (n1.jpg, n1.png ...): no pair is guessed" in said
+    assert f"score.real={real}: 1 names mean several files each (n4.MP4, n4.mp4 ...): no pair is guessed" in said
+    for file, paired in {
+        "n1.mp4": set(),
+        "n4.mp4": set(),
+        "n2.mp4": PAIRED - {"motion_lack"},
+        "n5.mp4": PAIRED,
+    }.items():
+        assert PAIRED & lines[file].keys() == paired, file
+
+
+def test_a_video_that_was_written_anew_in_its_size_is_another_one(told, sets, tmp_path):
+    folder = Path(shutil.copytree(sets / "other", tmp_path / "other"))
+    config = told(f"score.videos={{other: {folder}}}")
+    score(config)
+    score(config)
+    video = folder / "x0.mp4"
+    video.write_bytes(video.read_bytes()[:-1] + b"\0")
+    with pytest.raises(UserError, match=r"scores/other was made with another configuration \(videos was"):
+        score(config)
 
 
 def by_hand(detector: Detector, folder: Path) -> Tensor:
@@ -392,14 +429,79 @@ def test_the_papers_protocol_takes_16_frames_at_3_fps_of_the_first_so_many_video
     assert {line["reason"] for line in table(config, "short", "rejects").values()} == {"unfit"}
     assert run_of(config, "short").data.metrics == {"videos": 0, "rejects": 2}
     assert run_of(config, "long").data.params["score.protocol"] == "paper"
-    # Of more true clips than are seen, those are which the videos have.
+    # All true clips are scored: which of them a set needs is another question for each.
     assert all("motion_lack" in line for name in ("long", "whole") for line in table(config, name).values())
+
+
+def test_a_set_that_is_added_later_leaves_what_is_scored_as_it_is(told, tmp_path, monkeypatch, here):
+    monkeypatch.setattr("pipelines.sets.FVD", type(load_protocol())(2, 16, 3.0))
+    true = write_set(tmp_path / "true", 0.2, [f"n{k}" for k in range(6)], frames=16)
+    first, second = (
+        write_set(tmp_path / folder, 0.4, [f"n{k}" for k in numbers], frames=16)
+        for folder, numbers in (("first", (0, 1)), ("second", (4, 5)))
+    )
+    named = ("score.protocol=paper", f"score.real={true}")
+    score(told(f"score.videos={{ours: {first}}}", *named))
+    out = Path(told().out)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("scores/*/*.jsonl")}
+    here.made.clear()
+    config = told(f"score.videos={{ours: {first}, added: {second}}}", *named)
+    score(config)
+    assert here.made == ["part-00000.jsonl"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert all("motion_lack" in line for name in ("ours", "added") for line in table(config, name).values())
 
 
 def load_protocol():
     from cil.metrics.detectors import FVD
 
     return FVD
+
+
+def spoilt(data: bytes, first: int) -> bytes:
+    """With every packet from this one on made to nothing."""
+    spoilt = bytearray(data)
+    with av.open(io.BytesIO(data)) as container:
+        packets = [(packet.pts, packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    for _, begin, size in sorted(packets)[first:]:
+        spoilt[begin : begin + size] = b"\xff" * size
+    return bytes(spoilt)
+
+
+@pytest.mark.slow  # decodes in real processes
+def test_videos_of_strangers_cost_their_own_row_whatever_they_do_to_their_decoder(told, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("pipelines.scorer.DecodePool", DecodePool)
+    monkeypatch.setattr("pipelines.scorer.PyAVDecoder", Perilous)
+    folder, long = tmp_path / "strange", tmp_path / "long"
+    write_set(folder, 0.5, ["good"])
+    for name, peril in {"hangs": "hang", "dies": "crash", "swells": "much"}.items():
+        (folder / f"{name}.mp4").write_bytes(f"frames: {peril}".encode())
+    (folder / "bulky.mp4").write_bytes(bytes(10**6))
+    long.mkdir()
+    (long / "a.mp4").write_bytes(spoilt(encode(clip(0, 0.5, frames=90), 6), 40))  # 90 frames are 0.41 MB, 16 are 0.07
+    bounds = ("score.decode_seconds=2", "score.memory=0.0004", "score.measures=[]")
+    config = told(f"score.videos={{strange: {folder}, long: {long}}}", *bounds)
+    score(config)
+    assert list(table(config, "strange")) == ["good.mp4"]
+    rejects = {file: (line["reason"], line["message"]) for file, line in table(config, "strange", "rejects").items()}
+    assert rejects["hangs.mp4"] == (
+        "hung",
+        "the process that decoded it: not done within 2 s; another one: not done within 4 s",
+    )
+    assert rejects["dies.mp4"][0] == rejects["swells.mp4"][0] == "decoder_died"
+    what_to_do = ": cut it, take score.protocol=paper, or set score.memory higher"
+    assert rejects["bulky.mp4"] == ("unfit", f"the file is larger than the 0.0004 GB that are allowed{what_to_do}")
+    (line,) = table(config, "long", "rejects").values()
+    assert line["reason"] == "unfit"
+    assert line["message"] == f"90 frames of 48x32 are 0.000415 GB, and 0.0004 GB are allowed{what_to_do}"
+    # What the paper's protocol does not see is neither decoded nor counted.
+    config = told(f"out={tmp_path}/paper", f"score.videos.long={long}", "score.protocol=paper", *bounds)
+    score(config)
+    assert list(table(config, "long")) == ["a.mp4"]
+    # And what is seen whole is decoded whole.
+    more = told(f"out={tmp_path}/more", f"score.videos.long={long}", bounds[0], bounds[2])
+    score(more)
+    assert [line["reason"] for line in table(more, "long", "rejects").values()] == ["damaged"]
 
 
 def test_a_set_of_the_name_of_a_row_is_refused():
@@ -505,6 +607,65 @@ def test_no_leakage_where_none_is_asked_for_or_the_cache_is_gone_and_later_it_is
     assert sorted("leakage" in run.data.metrics for run in runs_of) == [False, True]
 
 
+def test_a_leakage_of_another_snapshot_takes_the_place_of_the_one_that_is_there(study, videos, settings):
+    def curve_of(run) -> dict:
+        file = MlflowClient(study().tracking.uri).download_artifacts(run.info.run_id, "leakage.json")
+        return json.loads(Path(file).read_text())
+
+    score(study())
+    before = run_of(study(), "base")
+    first = curve_of(before)
+    build_cache(settings(study().out, csv="longer"))
+    for _ in range(2):  # the second time nothing is left to do
+        score(study(f"catalog.csv={videos}/longer.csv"))
+        after = run_of(study(), "base")
+        assert after.info.run_id == before.info.run_id
+        assert after.info.status == "FINISHED"
+        assert after.data.tags["cil.leakage"] != before.data.tags["cil.leakage"]
+        assert curve_of(after)["truth"] != first["truth"]
+        assert after.data.metrics == before.data.metrics | {"leakage": curve_of(after)["leakage"]}
+
+
+def test_of_other_weights_than_the_videos_were_made_with_nothing_is_said(told, sets, built, settings, tmp_path, capfd):
+    """Of a row that was trained here: its weights are made anew after its videos."""
+    config = settings(built, "generate.steps=2", "generate.clips=3", "generate.reference=6", "score.leakage=2")
+    family, folder = family_of(config), Path(built, "weights/base")
+    state = network_of(config, family, None).state_dict()
+
+    def train(seed: int) -> Artifact:
+        identity = {"family": shape_of(family) | {"preset": family.preset}, "shift": 1.0, "row": {"seed": seed}}
+        made = Artifact(str(folder), "weights", identity)
+        for kind in ("ema", "raw"):
+            (folder / kind).mkdir(parents=True)
+            family.export(state, folder / kind)
+        made.begin("{}")
+        made.finish({})
+        return made
+
+    train(0)
+    generate(config)
+    score(config)
+    right = run_of(config, "base").data
+    assert right.params["train.seed"] == "0"
+    assert "leakage" in right.metrics
+    shutil.rmtree(folder)
+    shutil.rmtree(Path(built, "scores"))
+    train(1)
+    capfd.readouterr()
+    config = config.model_copy(update={"score": config.score.model_copy(update={"bootstrap": 7})})  # another run
+    score(config)
+    (found,) = [
+        run.data
+        for run in runs(config, "evaluate")
+        if run.info.run_name == "base" and not run.data.metrics.get("leakage")
+    ]
+    assert not any(name.startswith("train.") for name in found.params)
+    assert found.params["weights"] == right.params["weights"]
+    said = capfd.readouterr().out
+    assert f"scores: base: its videos are of other weights than {folder} holds now" in said
+    assert "leakage: not measured of base: its videos are of other weights than base holds now" in said
+
+
 def test_sets_from_elsewhere_stand_beside_the_studys_rows_or_instead_of_them(study, sets, capfd):
     config = study(f"score.videos.ours={sets}/ours")
     score(config)
@@ -530,6 +691,37 @@ def test_networks_are_on_a_gpu_if_a_worker_has_a_share_of_one_and_never_else(tol
     with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
         score(study("score.leakage=3", "score.gpus=0.25"))  # scored already: leakage alone asks for it
     assert asked == [(0.5, "score.gpus"), (0.25, "score.gpus")]
+
+
+def test_videos_of_a_table_of_images_are_paired_by_what_their_index_says(told, endpoint, tmp_path):
+    """By the image's file wherever it lies, else by the video's own name; two images of one stem are told apart."""
+    for number, name in enumerate(("inner/a.png", "cat.png", "cat.jpg", "b.png"), 1):
+        picture(tmp_path / f"images/{name}", number)
+    storage.write("s3://webvid/far/d.png", (tmp_path / "images/b.png").read_bytes())
+    rows = "image,id\ninner/a.png,one\ncat.png,\ncat.jpg,\nb.png,two\ns3://webvid/far/d.png,three\n"
+    (tmp_path / "images/table.csv").write_text(rows)
+    size = ("family.preset=tiny", "family.frames=4", "family.height=16", "family.width=24")
+    one = f"generate.rows.one={{weights: {shaken(tmp_path / 'weights')}, steps: 2}}"
+    named = (*size, one, f"generate.images={tmp_path}/images/table.csv")
+    generate(told(*named))
+    real = tmp_path / "images"
+    (real / "two.mp4").write_bytes(encode(clip(0, 1, frames=4, size=(16, 24)), 8))
+
+    def paired(real: Path | str) -> dict[str, float]:
+        config = told(*named, f"score.real={real}")
+        score(config)
+        lines = table(config, "one")
+        for folder in ("scores", "leakage"):
+            shutil.rmtree(Path(config.out, folder), ignore_errors=True)
+        return {file: line["psnr"] for file, line in lines.items() if "psnr" in line}
+
+    videos = {"one.mp4": "inner/a.png", "cat.mp4": "cat.png", "cat-2.mp4": "cat.jpg", "two.mp4": "b.png"}
+    found = paired(real)
+    assert found.keys() == videos.keys()  # the fifth has its image elsewhere
+    for file, image in videos.items():
+        frames = decode_all(Path(told().out, "videos/one", file).read_bytes())
+        assert found[file] == pytest.approx(psnr(frames[0], read_image((real / image).read_bytes(), 16, 24))), file
+    assert paired("s3://webvid/far").keys() == {"three.mp4"}
 
 
 def test_videos_of_images_made_elsewhere_are_set_against_their_images(told, sets, tmp_path):
