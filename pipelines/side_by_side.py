@@ -4,21 +4,20 @@ A training's seed and a sample's own are two things. All rows are shown with the
 and a column is one image, one prompt and one seed of a sample. What a row has not is a hole, and said.
 """
 
-import io
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import av
-import torch
-
+from cil.images import cover
 from pipelines import storage
 from pipelines.config import Config
+from pipelines.decoding import DecodePool
 from pipelines.generate import REAL
 from pipelines.scorer import VIDEO
 from pipelines.sets import name_of
 from pipelines.study import Arm, Study, seed_of
-from pipelines.video import BadVideo, PyAVDecoder, encode, fit
+from pipelines.video import BadVideo, PyAVDecoder, encode
 
 MOST, LARGEST = 240, 24 * 2**20  # clips of a page, and their bytes
 WIDEST, LONGEST, HEAVIEST = 320, 64, 2**18  # pixels, frames and bytes of one: what has more is shown smaller
@@ -33,7 +32,7 @@ class Video(NamedTuple):
 
 class Clip(NamedTuple):
     data: bytes
-    fps: int
+    fps: float
     smaller: bool  # than the video is
 
 
@@ -63,11 +62,11 @@ def side_by_side(config: Config, study: Study) -> SideBySide:
         return SideBySide(None, {}, notes=["None of these runs names videos that can be read from here."])
     columns = _columns(there)[: config.compare.clips]
     holes: dict[tuple[str, str], list[str]] = {}
-    rates: dict[int, list[str]] = {}
+    rates: dict[float, list[str]] = {}
     smaller: dict[str, None] = {}
     size = 0
-    for place, column in enumerate(columns):
-        cells = {name: _clip(videos, column) for name, videos in there.items()}
+    for place, cells in enumerate(_cells(config, there, columns)):
+        column = columns[place]
         clips = {name: cell for name, cell in cells.items() if isinstance(cell, Clip)}
         size += sum(len(clip.data) for clip in clips.values())
         if place and (size > LARGEST or (place + 1) * len(arms) > MOST):
@@ -85,7 +84,7 @@ def side_by_side(config: Config, study: Study) -> SideBySide:
             smaller |= {name: None} if clip.smaller else {}
     notes += [f"{name} {why} {', '.join(images)}." for (name, why), images in holes.items()]
     if len(rates) > 1:
-        told = "; ".join(f"{fps} in {', '.join(names)}" for fps, names in sorted(rates.items()))
+        told = "; ".join(f"{fps:g} in {', '.join(names)}" for fps, names in sorted(rates.items()))
         notes.append(f"Clips have different frame rates: {told}.")
     if smaller:
         most = f"{WIDEST} pixels and {LONGEST} frames"
@@ -174,8 +173,15 @@ def _head(column: Column, there: dict[str, Videos]) -> str:
     return (column.prompt or "") + (f" (seed {column.seed})" if several and column.seed is not None else "")
 
 
-def _clip(videos: Videos, column: Column) -> Clip | str:
-    """Or why there is none."""
+def _cells(config: Config, there: dict[str, Videos], columns: list[Column]) -> Iterator[dict[str, Clip | str]]:
+    """Column by column, of each row its clip, or why there is none. Whoever made a video, decoding it is bounded."""
+    most = round(config.score.memory * 1e9)
+    with DecodePool(PyAVDecoder, config.score.decode_seconds, most=most) as pool:
+        for column in columns:
+            yield {name: _clip(videos, column, pool) for name, videos in there.items()}
+
+
+def _clip(videos: Videos, column: Column, pool: DecodePool) -> Clip | str:
     own = videos.get(column.image, {})
     video = own.get(column.seed, own.get(None))
     if video is None:
@@ -183,23 +189,18 @@ def _clip(videos: Videos, column: Column) -> Clip | str:
     if None not in (video.prompt, column.prompt) and video.prompt != column.prompt:
         return "was given another prompt for"
     try:
-        return small(storage.read(video.uri))
+        return small(storage.read(video.uri), pool)
     except (BadVideo, *NOT_OURS):
         return "has a video that cannot be read from here of"
 
 
-def small(data: bytes) -> Clip:
+def small(data: bytes, pool: DecodePool) -> Clip:
     """As it is, or as an H.264 that is small and that every browser plays."""
-    video = PyAVDecoder(data)
-    fps = max(round(video.fps), 1)
-    with av.open(io.BytesIO(data), options={"protocol_whitelist": "none"}) as container:
-        context = container.streams.video[0].codec_context
-        plays, height, width = context.name == "h264", context.height, context.width
-    if plays and len(data) <= HEAVIEST and max(height, width) <= WIDEST and video.count <= LONGEST:
-        return Clip(data, fps, smaller=False)
-    pieces = []
-    for begin in range(0, min(video.count, LONGEST), 8):  # a few at a time: they may be large
-        frames = video.frames(range(begin, min(begin + 8, video.count, LONGEST)))
-        scale = min(WIDEST / max(frames.shape[1:3]), 1)
-        pieces.append(fit(frames, *(max(round(side * scale / 2), 1) * 2 for side in frames.shape[1:3])))
-    return Clip(encode(torch.cat(pieces), fps, CRF), fps, smaller=scale < 1 or video.count > LONGEST)
+    video = pool(data, lambda count, fps: range(min(count, LONGEST)))
+    height, width = video.frames.shape[1:3]
+    scale = min(WIDEST / max(height, width), 1)
+    smaller = scale < 1 or video.count > LONGEST
+    if b"avc1" in data and len(data) <= HEAVIEST and not smaller:  # H.264 already
+        return Clip(data, video.fps, smaller)
+    frames = cover(video.frames, *(max(round(side * scale / 2), 1) * 2 for side in (height, width)))
+    return Clip(encode(frames, video.fps, CRF), video.fps, smaller)

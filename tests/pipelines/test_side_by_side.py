@@ -1,6 +1,7 @@
 """The clips of a page: of the same image, prompt and seed in every row, and small enough."""
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 from pipelines import side_by_side as module
 from pipelines import storage
 from pipelines.config import load
+from pipelines.decoding import DecodePool
 from pipelines.side_by_side import SideBySide, side_by_side, small
 from pipelines.study import Arm, Study
 from pipelines.video import PyAVDecoder, encode
@@ -50,8 +52,9 @@ def line(number: int, seed: int | None = 0, caption: str = "a disc", **told) -> 
     return {"file": file, "clip_id": f"{number}:0", "caption": caption, **said, **told}
 
 
-def shown(*arms: Arm, clips: int = 6) -> SideBySide:
-    return side_by_side(load(None, [f"compare.clips={clips}"]), Study("s", {each.name: each for each in arms}, []))
+def shown(*arms: Arm, clips: int = 6, more: str = "seed=0") -> SideBySide:
+    config = load(None, [f"compare.clips={clips}", more])
+    return side_by_side(config, Study("s", {each.name: each for each in arms}, []))
 
 
 def brightness(made: SideBySide) -> dict[str, list[int | None]]:
@@ -176,9 +179,15 @@ def test_a_page_has_a_bound_and_says_what_it_leaves_out(arm, monkeypatch):
     assert made.notes[0].startswith("5 of 6 images are left out")
 
 
-def test_large_long_heavy_and_strange_videos_are_made_small(arm):
+@pytest.fixture
+def pool() -> Iterator[DecodePool]:
+    with DecodePool(PyAVDecoder, seconds=60) as made:
+        yield made
+
+
+def test_large_long_heavy_and_strange_videos_are_made_small(arm, pool):
     plain = encode(disc(60), 8)
-    assert small(plain).data == plain
+    assert small(plain, pool).data == plain
     noise = np.random.default_rng(0).integers(0, 255, (40, 240, 320, 3), dtype=np.uint8)
     heavy = encode(noise, 8)
     assert len(heavy) > module.HEAVIEST
@@ -195,14 +204,20 @@ def test_large_long_heavy_and_strange_videos_are_made_small(arm):
         (heavy, (240, 320), 40, False),
         (target.getvalue(), (16, 16), 4, False),
     ]:
-        clip = small(data)
+        clip = small(data, pool)
         with av.open(io.BytesIO(clip.data)) as container:
             context = container.streams.video[0].codec_context
             assert (context.name, context.height, context.width) == ("h264", *size)
         video = PyAVDecoder(clip.data)
         assert (video.count, video.fps, clip.fps, clip.smaller) == (frames, 8, 8, smaller)
 
-    assert len(small(heavy).data) < len(heavy)
+    assert len(small(heavy, pool).data) < len(heavy)
+
+
+def test_a_video_of_more_than_memory_is_a_hole(arm):
+    made = shown(arm("naive", {0: [line(1)]}), more="score.memory=0.000001")
+    assert made.rows == {"naive": [None]}
+    assert "cannot be read from here" in made.notes[0]
 
 
 def test_rows_of_different_frame_rates_are_told(arm):
