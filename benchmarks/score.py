@@ -44,7 +44,8 @@ def measure(quick: bool) -> list[Row]:
             frames = np.stack(list(pictures(np.random.default_rng(number), FRAMES)))
             file = f"{number}.mp4"
             Path(folder, file).write_bytes(encode(fit(frames, *SIZE), FPS))
-            lines.append({"file": file, "clip_id": str(number), "image": str(Path(folder, file))})
+            known = dict.fromkeys(("clip_id", "name"), str(number))
+            lines.append({"file": file, "image": str(Path(folder, file))} | known)
         plan = {"folder": folder, "lines": lines}
         motion, everything = (Scorer(None, {}, None, measures, "whole", 60, 0.5, False) for measures in ([], ALL))
 

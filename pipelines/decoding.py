@@ -243,7 +243,10 @@ def _serve(pipe: int, memory: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     torch.set_num_threads(1)  # the cores are kept busy by other videos
     connection = Connection(pipe)
-    decoder, most = connection.recv()
+    try:
+        decoder, most = connection.recv()
+    except EOFError:  # the parent ended before it had a video
+        return
     if most is not None:
         room = _taken() + SPACE * most + WORK
         resource.setrlimit(resource.RLIMIT_DATA, (room, room))
