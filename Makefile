@@ -16,9 +16,10 @@ demo: setup ## the offline half alone: videos, latent cache, initial noise, and 
 	@for job in make_shapes build_cache initial_noise show_cache; do \
 		$(BIN)/python -m jobs.$$job --config jobs/configs/demo.yaml || exit; done
 
-test: setup ## all tests, two at a time
+test: setup ## all tests, two at a time; those that kill processes and nodes one after another
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
-	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --ignore tests/e2e
+	@$(BIN)/python -m pytest -m slow tests/e2e
 
 check: lint ## lint, and the fast tests
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile

@@ -87,7 +87,7 @@ class Artifact:
     def _refuse_other(self, found: dict[str, Any]) -> None:
         if found["fingerprint"] == self.fingerprint:
             return
-        then, now = _flat(found["identity"]), _flat(self.identity)
+        then, now = flat(found["identity"]), flat(self.identity)
         keys = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
         why = "; ".join(f"{key} was {then.get(key)!r}, is {now.get(key)!r}" for key in keys[:4])
         if found["kind"] != self.kind:
@@ -164,7 +164,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """By dotted keys."""
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
+    return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{prefix}.{name}" if prefix else name).items()}

@@ -4,6 +4,9 @@ Seeds are paired: the seed s of one row saw the same clips in the same order, wi
 another. So claims are tested on the differences, seed by seed.
 """
 
+import contextlib
+from typing import Any
+
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact, Manifest
 from pipelines.config import Config
@@ -22,8 +25,9 @@ def compare(config: Config) -> Manifest:
     verdicts = [put_to_the_test(claim, study.arms) for claim in config.compare.claims]
     identity = {
         "runs": _state(study),
+        "notes": study.notes,
         "compare": config.compare.model_dump(),
-        "code": artifact.code(*(f"pipelines.{module}" for module in CODE)),
+        "code": artifact.code(*(f"pipelines.{module}" for module in CODE), "cil.metrics.paired"),
         "template": artifact.fingerprint(TEMPLATE.read_text()),
     }
     name = artifact.fingerprint(identity)  # a study grows: each state of it has a folder of its own
@@ -48,11 +52,22 @@ def compare(config: Config) -> Manifest:
     return made.manifest()
 
 
-def _state(study: Study) -> dict[str, dict[int, list[str]]]:
+def _shown(run: Any) -> bool:
+    """Whether its videos can be read from here, now."""
+    with contextlib.suppress(OSError, ValueError, ImportError):
+        return storage.exists(run.data.tags.get("cil.videos", ""))
+    return False
+
+
+def _state(study: Study) -> dict[str, dict[int, list[str | bool]]]:
     """Of each row its runs, each with what it says: somebody may log more to it."""
     return {
         arm.name: {
-            seed: [run.info.run_id, artifact.fingerprint([run.data.metrics, run.data.params, arm.videos[seed]])]
+            seed: [
+                run.info.run_id,
+                artifact.fingerprint([run.data.metrics, run.data.params, arm.videos[seed]]),
+                _shown(run),
+            ]
             for seed, run in sorted(arm.runs.items())
         }
         for arm in study.arms.values()

@@ -32,6 +32,7 @@ ENDINGS = (
     *(".ppm", ".pgm"),
 )
 TABLES = (".csv", ".parquet")
+UNREADABLE = {errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}  # a property of this file
 LONGEST = 200  # of an id, as a file's name has 255 bytes at most
 OPTIONAL = ("id", "prompt", "fps", "seed")
 
@@ -74,7 +75,9 @@ def _folder(uri: str) -> list[Picture]:
             raise UserError(f"{KEY}={uri}: {len(images)} images and {len(prompts)} lines of {PROMPTS}; one each")
     else:
         files = [f"{posixpath.splitext(name)[0]}.txt" for name in images]
-        prompts = [text(storage.read(storage.join(uri, file))) if file in there else "" for file in files]
+        with ThreadPoolExecutor(storage.AT_ONCE) as pool:
+            texts = pool.map(lambda file: storage.read(storage.join(uri, file)) if file in there else b"", files)
+            prompts = [text(data) for data in texts]
     return [
         Picture(posixpath.splitext(name)[0], name, storage.join(uri, name), prompt)
         for name, prompt in zip(images, prompts, strict=True)
@@ -182,7 +185,7 @@ def _looked_for(picture: Picture) -> Picture:
     except (FileNotFoundError, NotADirectoryError):
         return replace(picture, problem="missing")
     except OSError as error:
-        if error.errno not in (errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG):
+        if error.errno not in UNREADABLE:
             raise
         return replace(picture, problem="damaged")
 

@@ -7,7 +7,6 @@ from string import Template
 
 from pipelines import storage
 from pipelines.config import Config
-from pipelines.generate import REAL
 from pipelines.plots import plots
 from pipelines.side_by_side import SideBySide, side_by_side
 from pipelines.study import CONFIDENCE, Study, Verdict, holm
@@ -78,7 +77,8 @@ def _summary(verdicts: list[Verdict]) -> str:
     alone = sum(word in KINDS for word in words)
     left = f"{shown} of these {alone}" if alone > 1 else f"{shown} of this one"
     corrected = f" Tested one by one; with Holm's correction for {len(tested)} tests, {left} would be left."
-    return f"{len(verdicts)} claims: {', '.join(said)}.{but}" + (corrected if alone else "")
+    claims = f"{len(verdicts)} claim{'s' if len(verdicts) > 1 else ''}"
+    return f"{claims}: {', '.join(said)}.{but}" + (corrected if alone else "")
 
 
 def _verdicts(verdicts: list[Verdict]) -> str:
@@ -108,7 +108,7 @@ def _table(study: Study, columns: list[Column]) -> str:
     body = ""
     for place, arm in enumerate(study.arms.values()):
         cells = "".join(_cell(column.cells[arm.name]) for column in columns)
-        kind = ' class="real"' if arm.name == REAL else ""
+        kind = ' class="real"' if arm.is_real else ""
         seeds = len(arm.runs)
         name = _head(arm.name, f' data-value="{place}"')
         body += f'<tr{kind}>{name}<td data-value="{seeds}">{seeds}</td>{cells}</tr>\n'
@@ -168,7 +168,7 @@ def _list(notes: list[str]) -> str:
 
 def _differences(study: Study) -> str:
     """Parameter x row, of what is not the same everywhere. Sets made elsewhere say nothing of how they were made."""
-    arms = [arm for arm in study.arms.values() if arm.name != REAL]
+    arms = [arm for arm in study.arms.values() if not arm.is_real]
     told = {arm.name: ({"weights": arm.weights} if arm.weights else {}) | arm.parameters for arm in arms}
     silent = [name for name, own in told.items() if all(key.startswith("score.") for key in own)]
     lines = ""

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from pipelines import storage
 from pipelines.config import Config
-from pipelines.generate import REAL
 from pipelines.study import METRICS, Arm, Estimate, Study
 from pipelines.tracking import beside, read_file
 
@@ -83,7 +82,8 @@ def _interval(estimate: Estimate) -> list[list[float]]:
 
 
 def _draw_real(study: Study, metric: str, line: Callable[..., Any]) -> None:
-    if REAL in study.arms and (real := study.arms[REAL].estimate(metric)):
+    reals = [arm.estimate(metric) for arm in study.arms.values() if arm.is_real]
+    if len(reals) == 1 and (real := reals[0]):
         line(real.mean, color=INK, linestyle="--", linewidth=1, label="real clips")
 
 
@@ -104,7 +104,7 @@ def _short(name: str) -> str:
 
 
 def _plot_rows(axes: Axes, study: Study, metric: str) -> None:
-    arms = [arm for arm in study.arms.values() if arm.name != REAL]
+    arms = [arm for arm in study.arms.values() if not arm.is_real]
     for place, arm in enumerate(arms):
         if estimate := arm.estimate(metric):
             values = list(arm.values(metric).values())
@@ -131,11 +131,7 @@ def _lines(study: Study, parameter: str) -> dict[str, list[tuple[float, Arm]]]:
     found: dict[tuple[tuple[str, str], ...], dict[float, Arm]] = {}
     for arm in study.arms.values():
         value, of_training = _told(arm, parameter), parameter.startswith("conditioning")
-        if (
-            arm.name == REAL
-            or value is None
-            or (of_training and _told(arm, "conditioning.kind") not in (None, "timenoise"))
-        ):
+        if arm.is_real or value is None or (of_training and _told(arm, "conditioning.kind") not in (None, "timenoise")):
             continue
         own = {k: v for k, v in arm.parameters.items() if k != "weights" and not f".{k}".endswith(f".{parameter}")}
         if not of_training:  # what else the training differs in, its name says
@@ -185,7 +181,7 @@ def _motion(arm: Arm) -> list[float]:
 def _plot_distribution(axes: Axes, study: Study) -> None:
     for arm in study.arms.values():
         if motion := np.sort(_motion(arm)).tolist():
-            style: dict[str, Any] = {"color": INK, "linestyle": "--"} if arm.name == REAL else {}
+            style: dict[str, Any] = {"color": INK, "linestyle": "--"} if arm.is_real else {}
             axes.plot(motion, (np.arange(len(motion)) + 1) / len(motion), label=arm.name, **style)
     axes.set_xlabel("motion score of a video")
     axes.set_ylabel("share of videos below")
@@ -195,7 +191,7 @@ def _plot_distribution(axes: Axes, study: Study) -> None:
 def leakage_of(config: Config, study: Study) -> dict[str, dict[str, list[float]]]:
     """Of each row that has such a curve, the mean over its seeds."""
     found = {}
-    for arm in (arm for arm in study.arms.values() if arm.name != REAL):
+    for arm in (arm for arm in study.arms.values() if not arm.is_real):
         curves = []
         for run in arm.runs.values():
             try:

@@ -86,7 +86,8 @@ def score(config: Config) -> dict[str, Manifest]:
         if config.score.gpus:
             cluster.workers(config.score.gpus, "score.gpus")
         first = [storage.join(sets[name].uri, sets[name].lines[0]["file"]) for name in parts]
-        read = [*first, *detectors.values(), config.score.raft]
+        images = [*sets[REAL].images.values()][:1] if REAL in sets else []
+        read = [*first, *images, *detectors.values(), config.score.clip, config.score.raft]
         cluster.refuse_unseen(uri for uri in read if uri and storage.is_local(uri))
     for name in parts:
         plans[name].begin(config.model_dump_json(indent=1))
@@ -106,15 +107,16 @@ def score(config: Config) -> dict[str, Manifest]:
 def evaluation(config: Config, scores: Manifest) -> str:
     """What an evaluate run is known by."""
     own = config.score.model_dump(include={"static_below", "bootstrap", "leakage"})
-    return fingerprint(
-        [posixpath.basename(scores.uri), scores.fingerprint, _measured_to(config), own, artifact.code(*SUMMARY)]
-    )
+    reference = _measured_to(config)
+    measured_to = reference.fingerprint if reference else None
+    return fingerprint([posixpath.basename(scores.uri), scores.fingerprint, measured_to, own, artifact.code(*SUMMARY)])
 
 
-def _measured_to(config: Config) -> str | None:
+def _measured_to(config: Config) -> Manifest | None:
+    """The reference's scores."""
     reference = storage.join(config.out, "scores", REFERENCE)
     there = storage.exists(storage.join(reference, "manifest.json"))
-    return artifact.read_manifest(reference, KIND).fingerprint if there else None
+    return artifact.read_manifest(reference, KIND) if there else None
 
 
 def _of_set(sets: dict[str, Videos], name: str) -> dict[str, str]:
@@ -181,11 +183,14 @@ def _ask(config: Config, detectors: dict[str, str], sets: dict[str, Videos]) -> 
 
 def _finish(made: Artifact, parts: list[Part], real: Artifact | None, pairs: dict[str, str]) -> None:
     """The table of scores and that of rejects; features stay in the parts. `pairs`: of each video its true clip."""
-    found = [line for part in parts for line in storage.read_rows(part.uri)]
-    rejects = [line for line in found if "reason" in line]
-    table = [{k: v for k, v in line.items() if k not in FEATURES} for line in found if "reason" not in line]
-    if len(found) != sum(part.size for part in parts):
-        raise AssertionError(f"{made.uri}: {sum(part.size for part in parts)} videos, {len(found)} scored or rejected")
+    table: list[dict[str, Any]] = []
+    rejects: list[dict[str, Any]] = []
+    for line in (line for part in parts for line in storage.read_rows(part.uri)):
+        told = {key: value for key, value in line.items() if key not in FEATURES}
+        (rejects if "reason" in told else table).append(told)
+    asked, found = sum(part.size for part in parts), len(table) + len(rejects)
+    if found != asked:
+        raise AssertionError(f"{made.uri}: {asked} videos, {found} scored or rejected")
     true = storage.read_rows(real.path("scores.jsonl")) if real else []
     truth = {line["file"]: line["motion"] for line in true}
     problems = []
@@ -198,8 +203,8 @@ def _finish(made: Artifact, parts: list[Part], real: Artifact | None, pairs: dic
     storage.write_rows(made.path("rejects.jsonl"), rejects + problems)
     made.finish({"videos": len(table), "rejects": len(rejects), "images_unread": len(problems), "parts": len(parts)})
     if rejects or problems:
-        told = f"{len(rejects)} of {len(found)} videos cannot be scored, {len(problems)} images cannot be read"
-        print(f"{made.uri}: {told}: rejects.jsonl has the reasons")
+        said = f"{len(rejects)} of {found} videos cannot be scored, {len(problems)} images cannot be read"
+        print(f"{made.uri}: {said}: rejects.jsonl has the reasons")
 
 
 # -- in MLflow ---------------------------------------------------------------------------------------------------------
@@ -248,8 +253,13 @@ def _evaluate(
 
 def _settings(config: Config, scores: Manifest, videos: Videos) -> dict[str, Any]:
     """What shaped the figures: how they are measured, and of the study's rows sampling, training, noise and data."""
-    measured = scores.identity["networks"] | {"protocol": config.score.protocol, "reference": _measured_to(config)}
-    told: dict[str, Any] = {"score": measured | {"static_below": config.score.static_below}}
+    reference = _measured_to(config)
+    known = {
+        "feature_net": scores.identity["feature_net"],
+        "reference": reference.identity["videos"] if reference else None,
+    }
+    measured = {"protocol": config.score.protocol, "static_below": config.score.static_below}
+    told: dict[str, Any] = {"score": scores.identity["networks"] | measured | known}
     row = config.evaluation_rows().get(posixpath.basename(scores.uri))
     if videos.made is None or row is None:
         return told

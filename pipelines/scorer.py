@@ -22,6 +22,7 @@ from cil.metrics.motion import Flow, first_frame_error
 from cil.metrics.raft import Raft
 from pipelines import storage
 from pipelines.decoding import Decoded, DecodePool, TooLarge
+from pipelines.images import UNREADABLE
 from pipelines.parts import Made
 from pipelines.video import BadVideo, PyAVDecoder
 
@@ -134,7 +135,8 @@ class Seen:
         try:
             return self._pool(self._read(uri), wanted, height, width)
         except TooLarge as error:
-            raise ValueError(f"{error}: cut it, take score.protocol=paper, or set score.memory higher") from None
+            to_do = "cut it, take score.protocol=paper, or set score.memory higher and score anew"
+            raise ValueError(f"{error}: {to_do}") from None
 
     def _read(self, uri: str) -> bytes:
         """No more of it than shows that it is too large."""
@@ -142,6 +144,10 @@ class Seen:
             return storage.read_range(uri, 0, self._most + 1)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise BadVideo("missing", "there is no such file any more") from None
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
+            raise BadVideo("damaged", f"it cannot be read: {error.strerror}") from None
 
 
 def load_net(uri: str) -> VelocityNet:

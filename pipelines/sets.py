@@ -78,20 +78,28 @@ def _optional(config: Config, name: str) -> bool:
 
 def generated(made: Manifest, begun_with: str = "") -> Videos:
     """`begun_with`: where its images lie, if they were made elsewhere."""
-    index = storage.read_rows(storage.join(made.uri, "index.jsonl"))
-    # Of an image made elsewhere the name that it has there, with its ending if there is another one of that name.
-    unclear = _shared({line["image"] for line in index if "image" in line})
-    lines = []
-    for line in index:
-        if image := line.get("image"):
-            name = image if name_of(image) in unclear else name_of(image)
-            lines.append(line | {"name": name, "from": [storage.join(begun_with, image), image]})
-        else:
-            lines.append(line | {"name": line["clip_id"].replace(":", "_"), "from": []})
+    lines = named(storage.read_rows(storage.join(made.uri, "index.jsonl")))
+    for line in lines:
+        image = line.get("image")
+        line["from"] = [storage.join(begun_with, image), image] if image else []
     lines.sort(key=lambda line: _hash(line["file"]))
     clips = {line["name"]: line["file"] for line in lines}
     images = {name: storage.join(made.uri, file) for name, file in clips.items()}
     return Videos(made.uri, made.fingerprint, lines, images, clips, made)
+
+
+def named(index: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With the name that a video has beside others: of an image made elsewhere the one that it has there, with its
+    ending if there is another one of that name."""
+    unclear = _shared({line["image"] for line in index if line.get("image")})
+    lines = []
+    for line in index:
+        image = line.get("image")
+        name = (
+            line["clip_id"].replace(":", "_") if not image else image if name_of(image) in unclear else name_of(image)
+        )
+        lines.append(line | {"name": name})
+    return lines
 
 
 def _folder(key: str, uri: str, pictures: bool = False) -> Videos:
@@ -99,7 +107,11 @@ def _folder(key: str, uri: str, pictures: bool = False) -> Videos:
     if not storage.exists(uri):
         raise UserError(f"{key}={uri}: there is nothing")
     endings = (*VIDEO, *ENDINGS) if pictures else VIDEO
-    found = {file: told for file, told in storage.versions_below(uri).items() if file.lower().endswith(endings)}
+    try:
+        there = storage.versions_below(uri)
+    except NotADirectoryError:
+        raise UserError(f"{key}={uri}: is a file; expected is a folder of them") from None
+    found = {file: told for file, told in there.items() if file.lower().endswith(endings)}
     if not found:
         raise UserError(f"{key}={uri}: holds no {'.mp4 and no picture' if pictures else '.mp4'}")
     files = sorted(found, key=lambda file: _hash(name_of(file)))

@@ -13,15 +13,15 @@ from cil.images import cover
 from pipelines import storage
 from pipelines.config import Config
 from pipelines.decoding import DecodePool
-from pipelines.generate import REAL
 from pipelines.scorer import VIDEO
-from pipelines.sets import name_of
+from pipelines.sets import named
 from pipelines.study import Arm, Study, seed_of
 from pipelines.video import BadVideo, PyAVDecoder, encode
 
 MOST, LARGEST = 240, 24 * 2**20  # clips of a page, and their bytes
 WIDEST, LONGEST, HEAVIEST = 320, 64, 2**18  # pixels, frames and bytes of one: what has more is shown smaller
 CRF = 23  # of what is shown smaller
+PLAYED = (b"\x42", b"\x4d", b"\x64")  # H.264's Baseline, Main and High: 8 bits, 4:2:0
 NOT_OURS = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError)  # somebody else's, or elsewhere
 
 
@@ -54,7 +54,7 @@ class SideBySide:
 
 
 def side_by_side(config: Config, study: Study) -> SideBySide:
-    arms = sorted(study.arms.values(), key=lambda arm: arm.name != REAL)
+    arms = sorted(study.arms.values(), key=lambda arm: not arm.is_real)
     seed, shown, notes = _seeds(arms)
     there = {arm.name: _videos(arm, shown[arm.name], notes) for arm in arms}
     made = SideBySide(seed, {arm.name: [] for arm in arms}, notes=notes)
@@ -94,7 +94,7 @@ def side_by_side(config: Config, study: Study) -> SideBySide:
 
 def _seeds(arms: list[Arm]) -> tuple[int | None, dict[str, int | None], list[str]]:
     """The training's seed that most rows have, the one that each is shown with, and what has to be said."""
-    trained = {arm.name: arm for arm in arms if arm.name != REAL and _is_of_training(arm)}
+    trained = {arm.name: arm for arm in arms if not arm.is_real and _is_of_training(arm)}
     counted = Counter(seed for arm in trained.values() for seed in arm.runs)
     if not counted:
         return None, {arm.name: arm.first for arm in arms}, []
@@ -125,12 +125,10 @@ def _videos(arm: Arm, seed: int | None, notes: list[str]) -> Videos:
     folder = tags.get("cil.videos", "")
     found: Videos = {}
     try:
-        for line in storage.read_rows(storage.join(folder, "index.jsonl")):
-            # As jobs.score names it, so that it is found in a set made elsewhere too.
-            name = name_of(line["image"]) if "image" in line else line["clip_id"].replace(":", "_")
+        for line in named(storage.read_rows(storage.join(folder, "index.jsonl"))):
             if _is_below(line["file"]):
                 prompt = str(line["caption"] or "") if "caption" in line else None
-                found.setdefault(name, {}).setdefault(
+                found.setdefault(line["name"], {}).setdefault(
                     line.get("seed"), Video(storage.join(folder, line["file"]), prompt)
                 )
         return found
@@ -200,7 +198,8 @@ def small(data: bytes, pool: DecodePool) -> Clip:
     height, width = video.frames.shape[1:3]
     scale = min(WIDEST / max(height, width), 1)
     smaller = scale < 1 or video.count > LONGEST
-    if b"avc1" in data and len(data) <= HEAVIEST and not smaller:  # H.264 already
+    profile = data[data.find(b"avcC") + 5 :][:1]  # of H.264: browsers do not play all
+    if b"avcC" in data and profile in PLAYED and len(data) <= HEAVIEST and not smaller:
         return Clip(data, video.fps, smaller)
     frames = cover(video.frames, *(max(round(side * scale / 2), 1) * 2 for side in (height, width)))
     return Clip(encode(frames, video.fps, CRF), video.fps, smaller)

@@ -52,15 +52,17 @@ METRICS = {
     "spectrum_space": Metric("spatial spectrum error", "lower", "dB"),
     "spectrum_time": Metric("temporal spectrum error", "lower", "dB"),
 }
-OF_VIDEOS = {"dynamic_degree": "dynamic"}  # what a metric is a mean of, where its name is another one
+OF_VIDEOS = {"dynamic_degree": "dynamic", "motion_off": "motion_lack"}  # what a metric is a mean of, by another name
 TRUE = "the true clips"
-FRAMES, FLOW, REFERENCE = "score.protocol", "score.raft", "score.reference"
+FRAMES, FLOW, REFERENCE, NET = "score.protocol", "score.raft", "score.reference", "score.feature_net"
 MEASURED_BY: dict[str, tuple[str, ...]] = {  # parameters in which runs must agree, or figures are of different things
     **dict.fromkeys(METRICS, (FRAMES,)),
-    **dict.fromkeys(("motion", "motion_error", "motion_off", "dynamic_degree"), (FRAMES, TRUE, FLOW)),
-    **dict.fromkeys(("frechet", "spectrum_space", "spectrum_time"), (FRAMES, REFERENCE)),
-    "static_share": (FRAMES, TRUE, FLOW, "score.static_below"),
-    "speed": (FRAMES, TRUE),
+    **dict.fromkeys(("motion", "motion_off", "dynamic_degree"), (FRAMES, TRUE, FLOW)),
+    "motion_error": (FRAMES, TRUE, FLOW, REFERENCE),  # which stands for true clips where there are none
+    **dict.fromkeys(("spectrum_space", "spectrum_time"), (FRAMES, REFERENCE)),
+    "frechet": (FRAMES, REFERENCE, NET),
+    "static_share": (FRAMES, TRUE, FLOW, NET, "score.static_below"),
+    "speed": (FRAMES, TRUE, NET),
     "warp_error": (FRAMES, FLOW),
     "fvd": (FRAMES, REFERENCE, "score.fvd"),
     "is": (FRAMES, "score.classes"),
@@ -91,6 +93,8 @@ class Estimate:
     def __format__(self, sign: str) -> str:
         size = abs(self.mean)
         places = 1 if size >= 100 else 2 if size >= 10 else 3 if size >= 0.01 or size == 0 else 5
+        if self.half:  # of which at least one digit is told
+            places = max(places, min(5, math.ceil(-math.log10(self.half))))
         said = f"{self.mean:{sign}.{places}f}"
         if self.low is None or self.high is None:
             return said
@@ -111,6 +115,7 @@ class Arm:
     videos: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # seed -> the scores of its videos
     real: "Arm | None" = None  # the true clips that it is measured against
     yardstick: str = ""  # what they are known by
+    is_real: bool = False
     bases: dict[int, str] = field(default_factory=dict)  # seed -> the weights that its training begins from
 
     @property
@@ -137,7 +142,8 @@ class Arm:
         name = OF_VIDEOS.get(metric, metric)
         for scores in self.videos.get(seed, []):
             if name in scores:
-                found.setdefault(scores["clip_id"], []).append(scores[name])
+                value = abs(scores[name]) if metric == "motion_off" else scores[name]
+                found.setdefault(scores["clip_id"], []).append(value)
         return {clip: float(np.mean(values)) for clip, values in found.items()}
 
     def measured_by(self, metric: str) -> dict[str, str]:
@@ -326,7 +332,7 @@ def _of_configuration(config: Config) -> Study:
         if storage.exists(storage.join(folder, "manifest.json")):
             known_by = evaluation(config, artifact.read_manifest(folder, SCORES))
             if known_by in found:
-                made = study.arms.setdefault(arm, Arm(arm))
+                made = study.arms.setdefault(arm, Arm(arm, is_real=arm == REAL))
                 made.runs[seed] = found[known_by]
                 if name in wanted and (weights := trained.get(wanted[name].weights)) and weights.settings.weights:
                     made.bases[seed] = weights.settings.weights
@@ -364,7 +370,7 @@ def _of_runs(config: Config) -> Study:
         # What nobody has named a row is known by its parameters, if a seed is among them.
         called = row if "cil.row" in run.data.tags or key is None else ""
         own = sorted(f"{k}={v}" for k, v in _own(run).items())
-        arm = rows.setdefault((called, _yardstick(run), *own), Arm(row))
+        arm = rows.setdefault((called, _yardstick(run), *own), Arm(row, is_real=called == REAL))
         if seed in arm.runs:
             older = arm.runs[seed]
             notes.append(f"{told} says the same of itself as {older.info.run_id}; the newer one is taken.")
@@ -372,12 +378,13 @@ def _of_runs(config: Config) -> Study:
     if not rows:
         asked = ", ".join(f"compare.{k}={v}" for k, v in wanted.model_dump(include=set(FROM_RUNS)).items() if v)
         raise UserError(f"{asked}: no evaluate run with metrics is there; run jobs.score, or widen what is asked for")
-    reals = {yardstick: arm for (called, yardstick, *_), arm in rows.items() if called == REAL}
-    for (_, yardstick, *_), arm in rows.items():
-        arm.real, arm.yardstick = reals.get(yardstick), yardstick
+    reals = [(key, arm) for key, arm in rows.items() if arm.is_real]
+    for (_, yardstick, *own), arm in rows.items():  # of several real rows the one that is measured as it is, if any
+        near = [(len({*own} & {*others}), real) for (_, stick, *others), real in reals if stick == yardstick]
+        arm.real, arm.yardstick = max(near, key=lambda each: each[0], default=(0, None))[1], yardstick
     if len({yardstick for _, yardstick, *_ in rows}) > 1:
         notes.append("Not all rows are known to be measured against the same true clips: compare within a study.")
-    ordered = sorted(rows.values(), key=lambda arm: arm not in reals.values())
+    ordered = sorted(rows.values(), key=lambda arm: not arm.is_real)
     return Study(name, _named_apart(ordered), notes)
 
 

@@ -16,7 +16,6 @@ import numpy as np
 
 from cil.metrics.paired import paired
 from pipelines.errors import shown
-from pipelines.generate import REAL
 from pipelines.study import (
     CONFIDENCE,
     METRICS,
@@ -72,12 +71,15 @@ def tabulate(study: Study) -> list[Column]:
 def _column(name: str, metric: Metric, study: Study) -> Column:
     estimates = {arm: a.estimate(name) for arm, a in study.arms.items()}
     cells, tests = {arm: Cell(estimate) for arm, estimate in estimates.items()}, set[str]()
-    losses = {arm: _losses(a, name, metric) for arm, a in study.arms.items() if _ranked(a) and estimates[arm]}
+    losses = {arm: _losses(a, name, metric) for arm, a in study.arms.items() if not a.is_real and estimates[arm]}
     losses = {arm: each for arm, each in losses.items() if each}
     if len(losses) < 2:
         return Column(name, metric, cells, tests)
-    if names := differing([study.arms[arm] for arm in losses], name):
-        return Column(name, metric, cells, tests, _unlike([study.arms[arm] for arm in losses], name, names))
+    compared = [study.arms[arm] for arm in losses]
+    if metric.better == "real":
+        compared += [arm for arm in study.arms.values() if arm in [each.real for each in compared]]
+    if names := differing(compared, name):
+        return Column(name, metric, cells, tests, _unlike(compared, name, names))
     best, *others = sorted(losses, key=lambda arm: float(np.mean(list(losses[arm].values()))))
     cells[best] = Cell(estimates[best], "best")
     found: dict[str, float] = {}
@@ -107,10 +109,6 @@ def _unlike(arms: list[Arm], metric: str, names: list[str]) -> str:
         told = "; ".join(f"{value[:12]} in {', '.join(rows)}" for value, rows in having.items())
         said.append(f"{name} ({told})")
     return " and ".join(said)
-
-
-def _ranked(arm: Arm) -> bool:
-    return arm is not arm.real and arm.name != REAL
 
 
 def _losses(arm: Arm, name: str, metric: Metric) -> dict[int, float]:
@@ -148,7 +146,7 @@ def holes(study: Study, columns: list[Column]) -> list[str]:
         if rejects := sum(arm.values("rejects").values()):
             said.append(f"{arm.name}: {rejects:.0f} videos could not be scored.")
         lacking = [c.metric.label for c in columns if not arm.values(c.name)]
-        if lacking and _ranked(arm):  # the real row cannot have all
+        if lacking and not arm.is_real:  # the real row cannot have all
             said.append(f"{arm.name}: its runs have no {', '.join(lacking)}.")
         some: dict[str, list[str]] = {}
         for column in columns:

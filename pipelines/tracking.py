@@ -10,12 +10,12 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipelines import storage
+from pipelines import artifact, storage
 from pipelines.artifact import Artifact
 from pipelines.config import Config
 from pipelines.errors import Unfinished, UserError
@@ -50,7 +50,7 @@ class Run:
     def parameters(self, values: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
-        self._client.log_batch(self.id, params=[Param(k, str(v)) for k, v in _flat(values)])
+        self._client.log_batch(self.id, params=[Param(k, str(v)) for k, v in artifact.flat(values).items()])
 
     def tags(self, values: dict[str, Any]) -> None:
         for key, value in values.items():
@@ -370,11 +370,3 @@ def _existing(config: Config) -> Any:
         raise UserError(f"{uri}: there is no such tracking store; name it in tracking.uri")
     _refuse_silent(config)
     return MlflowClient(uri)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

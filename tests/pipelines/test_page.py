@@ -165,7 +165,7 @@ def crowded(studied: Config, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Thirty rows of strangers with thirty metrics, and names that mean no good."""
     arms = {}
     for number, name in enumerate([*HOSTILE, *(f"row {i}" for i in range(26))]):
-        arm = Arm(name)
+        arm = Arm(name, is_real=name == "real")
         for seed in range(2):
             metrics = {f"metric {i} {'m' * 3 * i}": 10.0 * i + number + seed for i in range(28)}
             metrics |= {"motion": 0.1 + 0.01 * number + 0.001 * seed, "fvd": 300 - number + seed}

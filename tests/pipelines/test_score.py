@@ -118,7 +118,7 @@ def test_two_folders_from_elsewhere_are_scored_without_a_cache_or_a_study(told, 
     assert len(lines) == 12
     frames = decode_all((sets / "ours/n4.mp4").read_bytes())
     assert lines["n4.mp4"]["motion"] == motion_score(frames)
-    assert lines["n4.mp4"]["warp_error"], lines["n4.mp4"]["hidden"] == tuple(warp_error(frames))
+    assert (lines["n4.mp4"]["warp_error"], lines["n4.mp4"]["hidden"]) == tuple(warp_error(frames))
     assert lines["n4.mp4"]["spatial"] == pytest.approx(spatial_spectrum(frames).tolist(), rel=1e-5)
     assert lines["n4.mp4"]["temporal"] == pytest.approx(temporal_spectrum(frames).tolist(), rel=1e-5)
     assert lines["inner/n11.mp4"]["clip_id"] == "inner/n11"

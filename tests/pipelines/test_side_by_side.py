@@ -29,7 +29,7 @@ def arm(tmp_path: Path):
     """arm(name, {seed: lines}) -> a row whose videos are flat pictures, as bright as their line says."""
 
     def made(name: str, runs: dict[int, list[dict]], index: bool = True, trained: bool = True) -> Arm:
-        found = Arm(name)
+        found = Arm(name, is_real=name == "real")
         for seed, lines in runs.items():
             folder = str(tmp_path / "videos" / f"{name}-{seed}")
             for line in lines:

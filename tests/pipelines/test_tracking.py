@@ -73,11 +73,11 @@ def test_weights_are_registered_once_with_their_place_and_what_they_are(config, 
 
 
 def test_a_value_that_changes_has_a_step_of_its_own_each_time(config):
-    run = Run(config, "set", "evaluate", "print-10")
+    run = Run(config, "set", "other", "print-10")
     for value in (0.5, 0.5, 0.25, 0.25, 0.5):
         run.renew("leakage", value)
     assert points(config, run, "leakage") == [(0, 0.5), (1, 0.25), (2, 0.5)]
-    Run(config, "set", "evaluate", "print-10").renew("leakage", 0.5)
+    Run(config, "set", "other", "print-10").renew("leakage", 0.5)
     assert len(points(config, run, "leakage")) == 3
 
 
