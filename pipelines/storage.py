@@ -248,7 +248,8 @@ def files_below(uri: str) -> list[str]:
 def versions_below(uri: str) -> dict[str, list[Any]]:
     """Of the same files the bytes of each, and what is another one when it is written anew: its time, or its ETag."""
     if is_local(uri):
-        stats = {name: os.stat(path) for name in files_below(uri) if os.path.exists(path := os.path.join(uri, name))}
+        paths = {name: os.path.join(uri, name) for name in files_below(uri)}
+        stats = {name: os.stat(path) if os.path.exists(path) else os.lstat(path) for name, path in paths.items()}
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     with _remote(uri) as remote:
         skipped = len(remote._strip_protocol(uri).rstrip("/")) + 1

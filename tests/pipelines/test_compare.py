@@ -261,6 +261,20 @@ def measured_by(name: str, *values: float, metric: str = "fvd", yardstick: str =
     return made
 
 
+def test_a_row_of_true_clips_is_never_the_best_whatever_it_is_called():
+    reals = [measured_by("real", x, metric="motion", raft=net) for x, net in [(1.0, "-"), (2.0, "a-net")]]
+    for real, name in zip(reals, ("real (raft=-)", "real (raft=a-net)"), strict=True):
+        real.name = name
+    ours = [measured_by(name, x, x, metric="motion", raft="a-net") for name, x in [("naive", 1.0), ("cure", 1.9)]]
+    of = study(*reals, *ours)
+    for each in of.arms.values():
+        each.real = reals[1]
+    assert marks(of, "motion") == {"real (raft=-)": "", "real (raft=a-net)": "", "naive": "", "cure": "best"}
+    for each in ours:  # a real row that is measured by another flow is no yardstick
+        each.real = reals[0]
+    assert set(marks(of, "motion").values()) == {""}
+
+
 @pytest.mark.parametrize(
     ("metric", "told"),
     [

@@ -154,6 +154,17 @@ def test_what_cannot_be_scored_is_a_row_with_its_reason_and_the_rest_goes_on(tol
     assert "2 of 14 videos cannot be scored" in capfd.readouterr().out
 
 
+def test_a_link_that_leads_nowhere_costs_its_own_row(told, tmp_path):
+    write_set(tmp_path / "links", 0.3, ["n0", "n1"])
+    (tmp_path / "links/gone.mp4").symlink_to("nowhere.mp4")
+    (tmp_path / "links/loop.mp4").symlink_to("loop.mp4")
+    config = told(f"score.videos.ours={tmp_path}/links")
+    score(config)
+    rejects = table(config, file="rejects")
+    assert {file: line["reason"] for file, line in rejects.items()} == {"gone.mp4": "missing", "loop.mp4": "damaged"}
+    assert table(config).keys() == {"n0.mp4", "n1.mp4"}
+
+
 def test_sets_are_paired_by_the_names_of_their_files(told, sets, capfd):
     config = told(f"score.real={sets}/true", f"score.videos.other={sets}/other")
     score(config)
@@ -327,6 +338,7 @@ def test_what_is_dynamic_depends_on_the_frame_rate(told, tmp_path):
         (["score.raft={net}/c3d.pt"], r"^score\.raft: .*c3d\.pt: "),
         (["score.videos.ours={net}"], r"^score\.videos\.ours=.*: holds no \.mp4$"),
         (["score.videos.ours={net}/none"], r"^score\.videos\.ours=.*/none: there is nothing$"),
+        (["score.videos.ours={net}/c3d.pt"], r"^score\.videos\.ours=.*c3d\.pt: is a file; expected is a folder"),
         (["score.reference={net}"], r"^score\.reference=.*: holds no \.mp4$"),
         (["score.real={net}"], r"^score\.real=.*: holds no \.mp4 and no picture$"),
     ],
