@@ -501,7 +501,7 @@ def test_videos_of_strangers_cost_their_own_row_whatever_they_do_to_their_decode
         "the process that decoded it: not done within 2 s; another one: not done within 4 s",
     )
     assert rejects["dies.mp4"][0] == rejects["swells.mp4"][0] == "decoder_died"
-    what_to_do = ": cut it, take score.protocol=paper, or set score.memory higher"
+    what_to_do = ": cut it, take score.protocol=paper, or set score.memory higher and score anew"
     assert rejects["bulky.mp4"] == ("unfit", f"the file is larger than the 0.0004 GB that are allowed{what_to_do}")
     (line,) = table(config, "long", "rejects").values()
     assert line["reason"] == "unfit"
