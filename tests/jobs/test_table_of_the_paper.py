@@ -24,7 +24,7 @@ TINY = (
     *("finetune.workers=1", "finetune.row.samples=8", "finetune.row.batch=4", "finetune.log_every=4"),
     *("finetune.checkpoint_every=8", "finetune.validate_every=8", "finetune.micro_batch=4"),
     "finetune.validation={clips: 1, samples: 1, steps: 2}",
-    *("generate.steps=2", "generate.reference=4", "generate.clips_per_part=2", "score.leakage=2"),
+    *("generate.steps=2", "generate.reference=4", "generate.clips_per_part=2", "score.leakage=2", "score.bootstrap=20"),
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")]
