@@ -66,6 +66,7 @@ def test_small_and_large_figures_keep_digits_that_say_something():
     assert [str(Estimate.of([x])) for x in (512.34, 31.256, 1.5, 0.0412, 0.00412, 0)] == [
         *("512.3", "31.26", "1.500", "0.041", "0.00412", "0.000")
     ]
+    assert str(Estimate.of([0.02340, 0.02341, 0.02342])) == "0.02341 ± 0.00002"  # never ± 0.000
 
 
 def test_seeds_are_paired_so_what_they_share_does_not_hide_the_difference():
@@ -207,6 +208,11 @@ def test_the_number_of_rows_counts_in_what_can_be_told():
 def with_videos(name: str, values: list[float], metric: str = "psnr", seed: int = 0) -> Arm:
     lines = [{"clip_id": f"{i}:0", metric: value} for i, value in enumerate(values)]
     return Arm(name, {seed: run({metric: sum(values) / len(values)})}, {seed: lines}, is_real=name == "real")
+
+
+def test_how_far_motion_is_off_is_the_size_of_what_each_video_lacks():
+    lacking = with_videos("cure", [-1.0, 2.0], metric="motion_lack")
+    assert lacking.clips(0, "motion_off") == {"0:0": 1.0, "1:0": 2.0}
 
 
 def test_with_one_seed_rows_are_compared_video_by_video():

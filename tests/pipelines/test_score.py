@@ -154,6 +154,18 @@ def test_what_cannot_be_scored_is_a_row_with_its_reason_and_the_rest_goes_on(tol
     assert "2 of 14 videos cannot be scored" in capfd.readouterr().out
 
 
+def test_a_reference_is_known_by_its_videos_whatever_else_is_measured(told, sets, tmp_path):
+    known = set()
+    for name, more in (("one", "score.measures=[spectra]"), ("two", "score.measures=[]")):
+        config = told(f"out={tmp_path}/{name}", f"tracking.experiment={tmp_path.name}-{name}", more)
+        score(config)
+        known.add(run_of(config).data.params["score.reference"])
+    assert len(known) == 1
+    config = told(f"out={tmp_path}/three", f"tracking.experiment={tmp_path.name}-three", f"score.reference={sets}/true")
+    score(config)
+    assert run_of(config).data.params["score.reference"] not in known
+
+
 def test_a_link_that_leads_nowhere_costs_its_own_row(told, tmp_path):
     write_set(tmp_path / "links", 0.3, ["n0", "n1"])
     (tmp_path / "links/gone.mp4").symlink_to("nowhere.mp4")

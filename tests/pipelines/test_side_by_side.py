@@ -198,7 +198,15 @@ def test_large_long_heavy_and_strange_videos_are_made_small(arm, pool):
         for picture in disc(60):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode(None))
+    coloured = io.BytesIO()
+    with av.open(coloured, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 16, 16, "yuv444p"  # H.264 that many browsers do not play either
+        for picture in disc(60):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
     for data, size, frames, smaller in [
+        (coloured.getvalue(), (16, 16), 4, False),
         (encode(disc(60, 3, 300, 640), 8), (150, 320), 3, True),
         (encode(disc(60, 100), 8), (16, 16), 64, True),
         (heavy, (240, 320), 40, False),
@@ -207,7 +215,7 @@ def test_large_long_heavy_and_strange_videos_are_made_small(arm, pool):
         clip = small(data, pool)
         with av.open(io.BytesIO(clip.data)) as container:
             context = container.streams.video[0].codec_context
-            assert (context.name, context.height, context.width) == ("h264", *size)
+            assert (context.name, context.pix_fmt, context.height, context.width) == ("h264", "yuv420p", *size)
         video = PyAVDecoder(clip.data)
         assert (video.count, video.fps, clip.fps, clip.smaller) == (frames, 8, 8, smaller)
 
