@@ -52,7 +52,7 @@ def compare(config: Config) -> Manifest:
     return made.manifest()
 
 
-def _shown(run: Any) -> bool:
+def _videos_there(run: Any) -> bool:
     """Whether its videos can be read from here, now."""
     with contextlib.suppress(OSError, ValueError, ImportError):
         return storage.exists(run.data.tags.get("cil.videos", ""))
@@ -66,7 +66,7 @@ def _state(study: Study) -> dict[str, dict[int, list[str | bool]]]:
             seed: [
                 run.info.run_id,
                 artifact.fingerprint([run.data.metrics, run.data.params, arm.videos[seed]]),
-                _shown(run),
+                _videos_there(run),
             ]
             for seed, run in sorted(arm.runs.items())
         }
