@@ -10,12 +10,13 @@ from cil.metrics.features import train_velocity_net
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact
 from pipelines.config import Config
+from pipelines.errors import UserError
 from pipelines.generate import KIND as VIDEOS
 from pipelines.generate import REAL, REFERENCE
 from pipelines.scorer import load_net
 from pipelines.sets import Videos, generated
 from pipelines.shapes import velocity_of
-from pipelines.video import decode_all
+from pipelines.video import BadVideo, decode_all
 
 KIND = "feature net"
 
@@ -59,5 +60,14 @@ def _captions(videos: Videos) -> list[tuple[dict[str, Any], tuple[float, float] 
 def _told(videos: Videos) -> tuple[Tensor, Tensor]:
     """The clips whose captions tell their velocity, and that velocity in pixels a frame of the clip."""
     told = [(line, velocity) for line, velocity in _captions(videos) if velocity is not None]
-    frames = [decode_all(storage.read(storage.join(videos.uri, line["file"]))) for line, _ in told]
+    frames = [_frames(storage.join(videos.uri, line["file"])) for line, _ in told]
     return torch.stack(frames), torch.tensor([[line["stride"] * x for x in velocity] for line, velocity in told])
+
+
+def _frames(uri: str) -> Tensor:
+    try:
+        return decode_all(storage.read(uri))
+    except (BadVideo, FileNotFoundError) as error:
+        raise UserError(
+            f"{uri}: {error}; it was whole when generate made it: remove its set and run that again"
+        ) from None

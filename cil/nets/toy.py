@@ -30,16 +30,15 @@ class ResBlock(nn.Module):
         self.conv_out = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="circular")
         self.skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
         self.norm_time = nn.GroupNorm(4, channels)
-        self.conv_time = nn.Conv1d(channels, channels, 3, padding=1)
+        self.conv_time = nn.Conv2d(channels, channels, (3, 1), padding=(1, 0))  # over frames, each place for itself
 
     def forward(self, x: Tensor, emb: Tensor, frames: int) -> Tensor:  # x [(B T), C, H, W], emb [B, F]
         scale, shift = self.film(emb).repeat_interleave(frames, dim=0)[:, :, None, None].chunk(2, dim=1)
         h = self.conv_in(F.silu(self.norm_in(x)))
         h = self.conv_out(F.silu(self.norm_out(h) * (1 + scale) + shift))
         h = h + self.skip(x)
-        sequence = rearrange(F.silu(self.norm_time(h)), "(b t) c h w -> (b h w) c t", t=frames)
-        height, width = h.shape[-2:]
-        mixed = rearrange(self.conv_time(sequence), "(b h w) c t -> (b t) c h w", h=height, w=width)
+        sequence = rearrange(F.silu(self.norm_time(h)), "(b t) c h w -> b c t (h w)", t=frames)
+        mixed = rearrange(self.conv_time(sequence), "b c t (h w) -> (b t) c h w", h=h.shape[-2])
         return torch.add(h, mixed)
 
 

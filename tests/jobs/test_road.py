@@ -1,6 +1,7 @@
 """Each job's artifact after one walk of the whole road: real videos, real Ray, real DeepSpeed, real MLflow."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +280,17 @@ def test_the_reference_captions_tell_the_velocities_that_the_feature_net_learned
     lines = storage.read_rows(f"{road.out}/videos/reference/index.jsonl")
     assert read_manifest(f"{road.out}/feature_net", feature_net.KIND).counts["clips"] == len(lines)
     assert all(velocity_of(line["caption"]) is not None for line in lines)
+
+
+def test_a_reference_clip_that_was_damaged_since_is_one_line(road, smallest, tmp_path):
+    shutil.copytree(f"{road.out}/videos/reference", tmp_path / "videos/reference")
+    damaged = min((tmp_path / "videos/reference").glob("*.mp4"))
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    with pytest.raises(UserError, match=f"{damaged.name}: .*remove its set"):
+        feature_net.feature_net(smallest(str(tmp_path)), {})
+    damaged.unlink()
+    with pytest.raises(UserError, match=f"{damaged.name}: .*remove its set"):
+        feature_net.feature_net(smallest(str(tmp_path)), {})
 
 
 def page_of(road) -> str:

@@ -560,6 +560,16 @@ def test_each_state_of_a_study_is_logged_once_with_all_three_files(own, capsys):
     assert len(runs(own, "compare")) == 2
 
 
+def test_what_is_said_of_the_runs_above_the_table_belongs_to_a_state_of_the_study(own):
+    first = compare(own)
+    rows = own.generate.rows | {"later": own.generate.rows["naive"]}
+    named = own.model_copy(update={"generate": own.generate.model_copy(update={"rows": rows})})
+    again = compare(named)
+    assert read_study(named).notes != read_study(own).notes
+    assert again.uri != first.uri
+    assert "later" in Path(again.uri, "index.html").read_text()
+
+
 def test_a_comparison_of_another_experiment_is_logged_there(own):
     client = MlflowClient(store_uri(own))
     client.create_experiment("empty", artifact_location=f"file://{own.out}/empty")
