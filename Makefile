@@ -12,14 +12,14 @@ setup: ## .venv with every version pinned
 paper: setup ## the whole road once, ending with the table and the page's path; full=true: as the README's table is made
 	@$(BIN)/python -m jobs.paper $(if $(filter true,$(full)),--full)
 
-demo: setup ## the offline half alone: videos, latent cache, initial noise, and what they hold
+demo: setup ## the first journey: videos, latent cache, initial noise, and what they hold
 	@for job in make_shapes build_cache initial_noise show_cache; do \
 		$(BIN)/python -m jobs.$$job --config jobs/configs/demo.yaml || exit; done
 
 test: setup ## all tests, two at a time; those that kill processes and nodes one after another
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
-	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --ignore tests/e2e
-	@$(BIN)/python -m pytest -m slow tests/e2e
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --ignore tests/e2e --durations 25
+	@$(BIN)/python -m pytest -m slow tests/e2e --durations 25
 
 check: lint ## lint, and the fast tests
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
