@@ -131,11 +131,12 @@ def parsed(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Config]:
     def stop(*told: Any) -> Config:
         raise Parsed(load(*told))
 
-    with monkeypatch.context() as patch, pytest.raises(Parsed) as found:
+    with monkeypatch.context() as patch:
         patch.setattr(command, "load", stop)
         patch.setattr(sys, "argv", [module, *arguments])
         patch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # as in a submitted job: relative paths are refused
-        runpy.run_module(module, run_name="__main__")
+        with pytest.raises(Parsed) as found:
+            runpy.run_module(module, run_name="__main__")
     return module.removeprefix("jobs."), found.value.args[0]
 
 

@@ -74,7 +74,7 @@ def test_without_ray_nothing_is_told_and_nothing_is_imported():
 
 @pytest.mark.slow
 def test_a_node_of_ray_tells_prometheus_what_its_jobs_tell(settings, tmp_path):
-    """Its port asks for no token: who may reach it is for the network to say (infra/kubernetes/services/network.yaml)."""
+    """Its port asks for no token: infra/kubernetes/services/network.yaml says who may reach it."""
     config = settings(
         tmp_path,
         "finetune.rows={base: {weights: null, samples: 32, batch: 8, warmup: 0}}",
