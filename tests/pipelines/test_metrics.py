@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.metrics import METRICS
+from pipelines.cache import read_cache
+from pipelines.metrics import COUNTED, METRICS
 
 ROOT = Path(__file__).parents[2]
 ALONE = """
@@ -88,11 +89,26 @@ def test_a_node_of_ray_tells_prometheus_what_its_jobs_tell(settings, tmp_path):
         [sys.executable, "-c", RUN, file], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = {}
+    told = {}
     for name, labels, value in re.findall(r"^ray_(cil_\w+)\{(.*)\} (\S+)$", done.stdout, re.MULTILINE):
         own = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-        of = next(own[metric.label] for metric in METRICS if name.startswith(metric.name) and metric.label in own)
-        found[name, of, own.get("le")] = float(value)
-    told = {name: value for (name, of, le), value in found.items() if le is None}
-    print({key: value for key, value in found.items() if key[2] is None})
-    assert told
+        (metric,) = (each for each in METRICS if name.startswith(each.name))
+        if own.get("le", "+Inf") == "+Inf":
+            told[name, own[metric.label]] = float(value)
+    cache = read_cache(config)
+    assert {name: told[f"cil_{name}_total", "cache"] for name in COUNTED} == {
+        "videos": cache.counts["planned"] / config.cache.views_per_video,
+        "clips": cache.counts["clips"],
+        "rejected_videos": cache.counts["rejected_videos"],
+        "bytes": sum(part["bytes"] for part in cache.parts),
+    }
+    assert told["cil_rejected_videos_total", "cache"] > 0
+    sets = ("real", "reference", "base")
+    assert told["cil_videos_total", "videos"] == told["cil_videos_total", "scores"] == 2 * len(sets)
+    assert told["cil_step_seconds_count", "base"] == told["cil_step_seconds_bucket", "base"] == 32 / 8
+    assert told["cil_progress", "cache"] == 1
+    assert told["cil_loss", "base"] > 0
+    assert told["cil_samples_per_second", "base"] > 0
+    assert 0 <= told["cil_data_wait", "base"] < 1
+    assert told["cil_checkpoint_seconds", "base"] > 0
+    assert 0 < told["cil_busy", "encoding"] <= 1
