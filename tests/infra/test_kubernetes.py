@@ -123,7 +123,7 @@ class Parsed(Exception):
 
 
 def parsed(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Config]:
-    """A command of an entrypoint, by the job's own parser: its name and its configuration."""
+    """A command that is submitted, by the job's own parser: its name and its configuration."""
     python, flag, module, *arguments = shlex.split(line.replace(f" {IMAGE}/", f" {ROOT}/"))
     assert (python, flag) == ("python", "-m")
     load = command.load
@@ -132,6 +132,7 @@ def parsed(line: str, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Config]:
         raise Parsed(load(*told))
 
     with monkeypatch.context() as patch:
+        patch.chdir(ROOT)
         patch.setattr(command, "load", stop)
         patch.setattr(sys, "argv", [module, *arguments])
         patch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # as in a submitted job: relative paths are refused
@@ -157,6 +158,16 @@ def test_a_key_that_was_renamed_is_found(monkeypatch):
     with pytest.raises(SystemExit) as end:
         commands_of(job, monkeypatch)
     assert end.value.code == 2
+
+
+def test_the_page_s_commands_are_taken(monkeypatch):
+    page = (ROOT / "docs/clusters.md").read_text().replace("\\\n", " ")
+    submitted = re.findall(r"^    ray job submit .* -- (python -m jobs.*)$", page, re.MULTILINE)
+    assert submitted
+    for line in submitted:
+        parsed(line, monkeypatch)
+    for file in re.findall(r"(?:infra|jobs|docs)/[\w./-]+\w", page):
+        assert (ROOT / file).exists() or file == "infra/.env", file
 
 
 @pytest.mark.parametrize("name", JOBS)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,12 @@ def test_a_misspelt_name_is_found(expression, told):
 def test_a_broken_expression_is_found():
     with pytest.raises(ValueError, match="paren"):
         selectors("sum(rate(ray_cil_clips_total[10m])")
+
+
+def test_the_page_names_what_is_told(told):
+    page = (FOLDER.parents[1] / "docs/clusters.md").read_text()
+    for name in re.findall(r"`(ray_\w+)`", page):
+        assert [each for each in told if each in (name, f"{name}_bucket")], name
 
 
 def test_every_metric_of_ours_has_a_panel():
