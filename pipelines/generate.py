@@ -226,7 +226,8 @@ class Sampler:
     def __call__(self, plan: dict[str, Any]) -> Made:
         name, samples, folder = plan["set"], list(plan["samples"]), plan["folder"]
         if name in SPLITS:
-            return Made(storage.to_rows([self.true_clip(folder, self.readers[name], **each) for each in samples]))
+            true = [self.true_clip(folder, self.readers[name], **each) for each in samples]
+            return Made(storage.to_rows(true), told={"videos": len(true)})
         row = self.rows[name]
         own = row.settings.model_dump(exclude={"weights", "sweep", "seeds", "fps"})
         told, batch = (self.pictures if "picture" in samples[0] else self.clips)(row.settings, samples)
@@ -243,7 +244,7 @@ class Sampler:
             for line, clip in zip(lines, latents, strict=False):
                 line["row"] = {"name": name, "weights": row.weights, **own}
                 self.write(folder, line, clip)
-        return Made(storage.to_rows(told))
+        return Made(storage.to_rows(told), told={"videos": len(told), "rejected_videos": len(told) - len(lines)})
 
     def true_clip(self, folder: str, reader: ClipReader, number: int) -> dict[str, Any]:
         line = _line(reader.known(number))

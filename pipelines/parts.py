@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
-from pipelines import cluster, storage
+from pipelines import cluster, metrics, storage
 from pipelines.errors import Unfinished, shown
 from pipelines.progress import Progress
 
@@ -98,7 +98,9 @@ def make_parts(
                 break
             continue
         in_a_row = 0
-        told.update(json.loads(row["told"]))
+        counted = json.loads(row["told"])
+        told.update(counted)
+        metrics.count(label, counted)
         progress.advance(row["size"], note(progress.done + row["size"], told))
     if failed:
         raise Unfinished(f"{label}: {len(failed)} parts are missing ({failed[0]}). Run the same command again")

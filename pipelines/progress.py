@@ -3,6 +3,8 @@
 import sys
 import time
 
+from pipelines import metrics
+
 
 class Progress:
     def __init__(self, name: str, unit: str, total: int, done: int = 0) -> None:
@@ -13,6 +15,7 @@ class Progress:
 
     def advance(self, amount: int, note: str = "") -> None:
         self.done += amount
+        metrics.PROGRESS(self.done / max(self.total, 1), self.name)
         now = time.monotonic()
         if now < self._next and self.done < self.total:
             return

@@ -66,7 +66,8 @@ class Scorer:
                 lines.append(known | {"reason": error.reason, "message": str(error)[:500]})
             except ValueError as error:  # too short, too small, too large
                 lines.append(known | {"reason": "unfit", "message": str(error)[:500]})
-        return Made(storage.to_rows(lines))
+        rejected = sum("reason" in line for line in lines)
+        return Made(storage.to_rows(lines), told={"videos": len(lines), "rejected_videos": rejected})
 
     def scores(self, frames: Tensor, fps: float, uri: str, image: str | None) -> dict[str, Any]:
         """`image`: the file with the conditional image, a picture or the true clip; of a true clip itself."""

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cil.flops import of_next_call
-from pipelines import checkpoints, storage, zero
+from pipelines import checkpoints, metrics, storage, zero
 from pipelines.artifact import Artifact, commit, versions
 from pipelines.cache import Cache
 from pipelines.checkpoints import Stored, training_of
@@ -129,7 +129,10 @@ class RowTrainer:
             batch = next(batches)
             self.curve.waited += time.perf_counter() - before
             since, self.samples = self.samples, start
+            begin = time.perf_counter()
             self.step(positions, batch)
+            if self.rank == 0:
+                metrics.STEP_SECONDS(time.perf_counter() - begin, self.name)
             self.samples = start + row.batch
             last = start == starts[-1]
             if due(every.log_every, since, self.samples) or last:
@@ -202,6 +205,9 @@ class RowTrainer:
             assert self.system is not None
             self.run.metrics(values | self.system.take(), self.samples)
             self.news(self.name, self.samples, self.row.samples, values["loss"])
+            metrics.LOSS(values["loss"], self.name)
+            metrics.SAMPLES_PER_SECOND(values["samples_per_second"], self.name)
+            metrics.DATA_WAIT(values["data_wait"], self.name)
 
     def validate(self) -> None:
         """Of the averaged weights, by all ranks together."""
@@ -225,7 +231,10 @@ class RowTrainer:
         begin = time.perf_counter()
         self.writer.save(self.samples, self.told())
         self.saved = self.samples
-        self.curve.left_out(time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        self.curve.left_out(seconds)
+        if self.rank == 0:
+            metrics.CHECKPOINT_SECONDS(seconds, self.name)
 
     def told(self) -> dict[str, Any]:
         """Beside what the shards hold."""

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from typing import Any
 
-from pipelines import storage
+from pipelines import metrics, storage
 from pipelines.artifact import Artifact
 from pipelines.config import Config
 from pipelines.errors import Unfinished
@@ -52,6 +52,8 @@ class Watch:
             "encoding_busy": told["encoding"] / workers,
             "seconds": seconds,
         }
+        for work in ("decoding", "encoding"):
+            metrics.BUSY(self._figures[f"{work}_busy"], work)
         if now >= self._next and done < self._planned:  # the last point is that of `finish`
             if self._feed:
                 counted = {name: float(told[name]) for name in ("clips", "rejected_videos", "bytes")}
