@@ -459,7 +459,8 @@ class ScoreConfig(Section):
         None, description="RAFT's weights, such as raft-things.pth: the optical flow is by it; none: by OpenCV's DIS"
     )
     bootstrap: NonNegativeInt = Field(
-        200, description="how often sets are drawn anew for the intervals of fvd and is; 0: no intervals"
+        200,
+        description="how often sets are drawn anew for the intervals of fvd and is, 20 times at least; 0: no intervals",
     )
     decode_seconds: PositiveFloat = Field(
         60, description="a video that takes longer to decode, and twice as long when tried again, is rejected"
@@ -700,6 +701,9 @@ def load(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+LEAST_DRAWS = 20  # of a bootstrap: its outermost ones are the ends of an interval
+
+
 def _check(config: Config) -> None:
     """What the types alone cannot say."""
     rows = config.training_rows()
@@ -707,9 +711,14 @@ def _check(config: Config) -> None:
         if wanted not in rows and not any(wanted in (row.arm, row.key) for row in rows.values()):
             raise UserError(f"finetune.only: {wanted!r} is no row; there are {', '.join(config.finetune.rows)}")
     for arm in [*config.finetune.rows, *config.generate.rows, *config.score.videos]:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", arm) or arm in TAKEN:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", arm) or arm in TAKEN:
             taken = ", ".join(TAKEN)
-            raise UserError(f"{arm!r} is no name for a row: letters, digits and _ . + - ; {taken} are taken")
+            raise UserError(
+                f"{arm!r} is no name for a row: letters of English, digits and, not first, _ . + - ; {taken} are taken"
+            )
+    if 0 < config.score.bootstrap < LEAST_DRAWS:
+        told = f"an interval wants {LEAST_DRAWS} draws or more; 0: no intervals"
+        raise UserError(f"score.bootstrap={config.score.bootstrap}: {told}")
     for name, trained in rows.items():
         row = trained.settings
         if row.batch % config.finetune.workers:

@@ -205,7 +205,8 @@ def _finish(made: Artifact, parts: list[Part]) -> None:
         storage.write_rows(made.path("rejects.jsonl"), rejects)
         first = f"{rejects[0]['image']}: {rejects[0]['reason']}, {rejects[0]['message']}"
         if not index:
-            raise UserError(f"{made.uri}: none of its {len(rejects)} images can be read ({first})")
+            mended = f"when they can, remove {made.uri} and run again"
+            raise UserError(f"{made.uri}: none of its images can be read ({first}); {mended}")
         print(f"{KIND}: {len(rejects)} of {made.uri} not made ({shown(first)}); see rejects.jsonl there")
     storage.write_rows(made.path("index.jsonl"), index)
     made.finish({"videos": len(index), "rejected": len(rejects)})

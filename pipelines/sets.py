@@ -15,7 +15,7 @@ from cil.metrics.detectors import FVD, INCEPTION_SCORE
 from pipelines import artifact, storage
 from pipelines.artifact import Manifest
 from pipelines.config import Config
-from pipelines.errors import UserError
+from pipelines.errors import UserError, shown
 from pipelines.generate import KIND as VIDEOS
 from pipelines.generate import REAL, REFERENCE
 from pipelines.images import ENDINGS, TABLES
@@ -116,8 +116,8 @@ def _folder(key: str, uri: str, pictures: bool = False) -> Videos:
         raise UserError(f"{key}={uri}: holds no {'.mp4 and no picture' if pictures else '.mp4'}")
     files = sorted(found, key=lambda file: _hash(name_of(file)))
     videos = [file for file in files if file.lower().endswith(VIDEO)]
-    shown = [file for file in files if not file.lower().endswith(VIDEO)]
-    clips, images = _named(key, uri, videos), _named(key, uri, shown)
+    pictures_there = [file for file in files if not file.lower().endswith(VIDEO)]
+    clips, images = _named(key, uri, videos), _named(key, uri, pictures_there)
     # A picture before a video of the same name: it is the image itself.
     images = {name: storage.join(uri, file) for name, file in (clips | images).items()}
     lines = [{"file": file, "from": []} | dict.fromkeys(("clip_id", "name"), name_of(file)) for file in videos]
@@ -131,7 +131,8 @@ def _named(key: str, uri: str, files: list[str]) -> dict[str, str]:
         several = ", ".join(sorted(file for file in files if name_of(file) in unclear)[:4])
         print(f"scores: {key}={uri}: {len(unclear)} names mean several files each ({several} ...): no pair is guessed")
     names = {name_of(file): file for file in files if name_of(file) not in unclear}
-    return names | {file: file for file in files} | {storage.join(uri, file): file for file in files}
+    told = {shown(file): file for file in files}  # as an index names it
+    return names | told | {file: file for file in files} | {storage.join(uri, file): file for file in files}
 
 
 def _shared(files: Iterable[str]) -> set[str]:

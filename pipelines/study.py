@@ -20,7 +20,7 @@ from pipelines.errors import UserError, shown
 from pipelines.generate import REAL
 from pipelines.score import KIND as SCORES
 from pipelines.score import evaluation
-from pipelines.tracking import answering, experiments, refuse_unreachable, run_of, runs, search
+from pipelines.tracking import answering, experiments, refuse_absent, refuse_unreachable, run_of, runs, search
 
 CONFIDENCE = 0.95
 EVALUATE = "evaluate"
@@ -307,6 +307,8 @@ def one_of_each(ours: Arm, theirs: Arm, metric: str) -> list[dict[str, float]]:
 
 
 def read_study(config: Config) -> Study:
+    refuse_absent(config)
+    refuse_unreachable(config)
     with answering(config):
         study = _of_runs(config) if config.compare.of_runs else _of_configuration(config)
     for arm in study.arms.values():
@@ -321,7 +323,6 @@ def read_study(config: Config) -> Study:
 
 def _of_configuration(config: Config) -> Study:
     """The rows of the configuration that are scored: of each the evaluate run that its scores' manifest leads to."""
-    refuse_unreachable(config)
     found = {run.data.tags["cil.fingerprint"]: run for run in runs(config, EVALUATE)}
     wanted, trained = config.evaluation_rows(), config.training_rows()
     rows = {REAL: (REAL, 0)} | {name: (row.arm, row.seed) for name, row in wanted.items()}
@@ -337,6 +338,8 @@ def _of_configuration(config: Config) -> Study:
                 if name in wanted and (weights := trained.get(wanted[name].weights)) and weights.settings.weights:
                     made.bases[seed] = weights.settings.weights
                 continue
+        if config.score.videos and not storage.exists(storage.join(config.out, "videos", name)):
+            continue  # sets made elsewhere, and no study beside them
         study.notes.append(f"{name}: has no scores in the study {study.name}; it is left out.")
     if not study.arms:
         raise UserError(f"the study {study.name} has no scored rows: run jobs.score first")
@@ -377,7 +380,8 @@ def _of_runs(config: Config) -> Study:
         arm.runs[seed] = run
     if not rows:
         asked = ", ".join(f"compare.{k}={v}" for k, v in wanted.model_dump(include=set(FROM_RUNS)).items() if v)
-        raise UserError(f"{asked}: no evaluate run with metrics is there; run jobs.score, or widen what is asked for")
+        found_instead = " ".join(notes) or "no evaluate run with metrics is there."
+        raise UserError(f"{asked}: {found_instead} Run jobs.score, or widen what is asked for")
     reals = [(key, arm) for key, arm in rows.items() if arm.is_real]
     for (_, yardstick, *own), arm in rows.items():  # of several real rows the one that is measured as it is, if any
         near = [(len({*own} & {*others}), real) for (_, stick, *others), real in reals if stick == yardstick]

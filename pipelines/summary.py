@@ -19,7 +19,6 @@ from cil.metrics.spectra import spectral_distance
 from pipelines import storage
 from pipelines.artifact import Manifest
 from pipelines.config import Config
-from pipelines.errors import UserError
 from pipelines.scorer import features_of
 
 KEPT = 10_000  # videos of which features are held in memory, for an interval
@@ -36,6 +35,7 @@ MEANS = {  # of a column of the table, what its mean is called
     "hidden": "hidden",
 }
 SPECTRA = {"spatial": "spectrum_space", "temporal": "spectrum_time"}
+OF_ONE_LENGTH = ". If videos differ in length or size: score.protocol=paper takes as many frames of each"
 
 
 @dataclass
@@ -101,13 +101,14 @@ def _mean_spectrum(rows: list[dict[str, Any]], column: str) -> Tensor | None:
 def _measure_distances(config: Config, found: Summary, ours: Manifest, reference: Manifest) -> None:
     most = FVD.videos if config.score.protocol == "paper" else None
     for column, name, limit in (("velocity", "frechet", None), ("fvd", "fvd", most)):
-        a, b = (_moments(scores, column, limit) for scores in (ours, reference))
-        if a is None or b is None or min(a.count, b.count) < 2:
-            continue
         try:
+            a, b = (_moments(scores, column, limit) for scores in (ours, reference))
+            if a is None or b is None or min(a.count, b.count) < 2:
+                continue
             found.values[name] = a.distance(b)
-        except ValueError as error:
-            raise UserError(f"score.{name}: {error}") from None
+        except ValueError as error:  # a network whose features depend on the video
+            found.warnings.append(f"no {name}: {error}{OF_ONE_LENGTH}")
+            continue
         if name != "fvd":
             continue
         for who, each in (("this set", a), ("the reference", b)):
@@ -117,26 +118,27 @@ def _measure_distances(config: Config, found: Summary, ours: Manifest, reference
             x, y = (torch.cat([*_features(scores, column, limit)]) for scores in (ours, reference))
             images = (_images(ours, column, limit), _images(reference, column, limit))
             replicates = frechet_replicates(x, y, config.score.bootstrap, clusters=images)
-            found.values["fvd_low"], found.values["fvd_high"] = interval(found.values["fvd"], replicates)
+            found.values["fvd_low"], found.values["fvd_high"] = interval(found.values["fvd"], replicates, least=0)
 
 
 def _moments(scores: Manifest, column: str, most: int | None) -> FeatureMoments | None:
     """A part at a time: a set may be of any size."""
-    try:
-        parts = map(FeatureMoments.of, _features(scores, column, most))
-        first = next(parts, None)
-        return first and reduce(FeatureMoments.merge, parts, first)
-    except ValueError as error:
-        raise UserError(f"{scores.uri}: {column}: {error}") from None
+    parts = map(FeatureMoments.of, _features(scores, column, most))
+    first = next(parts, None)
+    return first and reduce(FeatureMoments.merge, parts, first)
 
 
 def _measure_inception(config: Config, found: Summary, ours: Manifest) -> None:
     most = INCEPTION_SCORE.videos if config.score.protocol == "paper" else ours.counts["videos"]
     videos = min(most, ours.counts["videos"])
     splits, state, begin = min(SPLITS, videos), None, 0
-    for p in _features(ours, "classes", videos):
-        part = ClassMoments.of(p, split_of(torch.arange(begin, begin + len(p)), videos, splits), splits)
-        state, begin = part if state is None else state.merge(part), begin + len(p)
+    try:
+        for p in _features(ours, "classes", videos):
+            part = ClassMoments.of(p, split_of(torch.arange(begin, begin + len(p)), videos, splits), splits)
+            state, begin = part if state is None else state.merge(part), begin + len(p)
+    except ValueError as error:
+        found.warnings.append(f"no is: {error}{OF_ONE_LENGTH}")
+        return
     assert state is not None
     found.values["is"] = float(state.scores.mean())
     found.values["is_sd"] = float(state.scores.std(unbiased=False))
@@ -147,13 +149,16 @@ def _measure_inception(config: Config, found: Summary, ours: Manifest) -> None:
         p = torch.cat([*_features(ours, "classes", videos)])
         split, images = split_of(torch.arange(videos), videos, splits), _images(ours, "classes", videos)
         replicates = score_replicates(p, split, splits, config.score.bootstrap, clusters=images)
-        found.values["is_low"], found.values["is_high"] = interval(found.values["is"], replicates)
+        found.values["is_low"], found.values["is_high"] = interval(found.values["is"], replicates, least=1)
 
 
 def _features(scores: Manifest, column: str, most: int | None = None) -> Iterator[Tensor]:
     """[N, D] of each part, of the first `most` videos in all."""
     for rows in _told(scores, column, most):
-        yield torch.from_numpy(np.stack([features_of(row[column]) for row in rows]))
+        features = [features_of(row[column]) for row in rows]
+        if len(sizes := {len(each) for each in features}) > 1:
+            raise ValueError(f"features of {' and of '.join(map(str, sorted(sizes)))} dimensions in one set")
+        yield torch.from_numpy(np.stack(features))
 
 
 def _images(scores: Manifest, column: str, most: int | None) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import posixpath
 import socket
 import tempfile
+import textwrap
 import threading
 import time
 from collections import deque
@@ -224,20 +225,25 @@ def _now() -> int:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
 
 
 def refuse_unreachable(config: Config) -> None:
-    """In seconds, where MLflow's own client tries for minutes."""
-    if _refuse_silent(config):
-        from mlflow.exceptions import MlflowException
+    """In seconds, where MLflow's own client tries for minutes. A store in a file is there, or will be made."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
-        try:
-            open_study(config)
-        except MlflowException as error:
-            if _away(error):
-                raise Unfinished(f"tracking.uri={config.tracking.uri}: does not answer ({_one_line(error)})") from None
-            raise UserError(f"tracking.uri={config.tracking.uri}: {_one_line(error)}") from None
+    uri = store_uri(config)
+    if uri.startswith("sqlite:"):
+        return
+    _refuse_silent(config)
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except (MlflowException, SQLAlchemyError, ImportError) as error:
+        if _away(error) or isinstance(error, SQLAlchemyError):
+            raise Unfinished(f"tracking.uri={uri}: does not answer ({_one_line(error)})") from None
+        raise UserError(f"tracking.uri={uri}: {_one_line(error)}") from None
 
 
 @contextlib.contextmanager
@@ -260,18 +266,20 @@ def _away(error: Exception) -> bool:
     return isinstance(error.__cause__ or error.__context__, OSError)
 
 
-def _refuse_silent(config: Config) -> bool:
-    """Whether it is a server; one that nobody runs is refused."""
+def _refuse_silent(config: Config) -> None:
+    """A server, or a database, that nobody runs."""
     parts = urlsplit(store_uri(config))
-    if parts.scheme not in ("http", "https"):
-        return False
+    port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
     _be_brief()
+    if not parts.hostname or not port:
+        return
     try:
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+        socket.create_connection((parts.hostname, port), timeout=5).close()
     except OSError as error:
         raise Unfinished(f"tracking.uri={config.tracking.uri}: cannot be reached ({error})") from None
-    return True
+
+
+PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
 def open_study(config: Config) -> tuple[Any, str]:
@@ -364,9 +372,14 @@ def _existing(config: Config) -> Any:
     """A client of a store that is not made by being looked at."""
     from mlflow import MlflowClient
 
+    refuse_absent(config)
+    return MlflowClient(store_uri(config))
+
+
+def refuse_absent(config: Config) -> None:
+    """A store of which something is to be read."""
     uri = store_uri(config)
     file = uri.removeprefix("sqlite:///")
     if file != uri and not storage.exists(file):
-        raise UserError(f"{uri}: there is no such tracking store; name it in tracking.uri")
+        raise UserError(f"{uri}: there is no such tracking store; run jobs.score first, or name it in tracking.uri")
     _refuse_silent(config)
-    return MlflowClient(uri)

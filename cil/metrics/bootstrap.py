@@ -31,8 +31,10 @@ def resampled(n: int, times: int, seed: int = 0, clusters: Sequence[Hashable] | 
         yield drawn if count == n else torch.cat([members[i] for i in drawn.tolist()])
 
 
-def interval(estimate: float, replicates: Tensor, confidence: float = 0.95) -> tuple[float, float]:
-    """Around the estimate, as wide as the replicates are spread around their own mean.
+def interval(
+    estimate: float, replicates: Tensor, confidence: float = 0.95, least: float = -float("inf")
+) -> tuple[float, float]:
+    """Around the estimate, as wide as the replicates are spread around their own mean; nowhere below `least`.
 
     A set that was drawn from another one has fewer different videos, so distances of replicates are too large: taken
     as they are, their quantiles may not even hold the estimate.
@@ -42,4 +44,4 @@ def interval(estimate: float, replicates: Tensor, confidence: float = 0.95) -> t
     spread = replicates.double() - replicates.double().mean()
     tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     low, high = (estimate + spread.quantile(tails)).tolist()
-    return low, high
+    return max(low, least), high

@@ -11,6 +11,7 @@ A TorchScript file holds a program, and calling it runs that. It holds no Python
 """
 
 import hashlib
+import textwrap
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,7 +117,9 @@ def _loaded(path: str | Path) -> Any:
         except (RuntimeError, ValueError) as error:
             if not Path(path).is_file():
                 raise ValueError(f"{path}: no such file; expected a TorchScript network") from None
-            raise ValueError(f"{path}: no TorchScript network ({str(error).splitlines()[0][:120]})") from None
+            raise ValueError(
+                f"{path}: no TorchScript network ({textwrap.shorten(str(error).splitlines()[0], 120)})"
+            ) from None
 
 
 def _arguments(module: Any) -> set[str]:

@@ -161,6 +161,12 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error():
         interval(0.0, replicates, 95)
 
 
+def test_an_interval_does_not_reach_below_what_the_figure_can_be():
+    replicates = torch.tensor([0.0, 30.0])
+    assert interval(10.0, replicates)[0] < 0
+    assert interval(10.0, replicates, least=0) == (0, interval(10.0, replicates)[1])
+
+
 def test_the_interval_holds_the_mean_distance_of_other_sets_as_large_as_often_as_it_says():
     def drawn(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         random = torch.Generator().manual_seed(seed)

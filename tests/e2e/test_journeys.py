@@ -48,7 +48,9 @@ def namespace() -> Iterator[str]:
 def test_the_three_journeys_of_the_readme_run_as_they_stand(namespace, tmp_path):
     cache, submit, compare = journeys()
     assert compare.splitlines()[-1].startswith("mlflow ui ")  # stays until it is interrupted
-    answers = f"until python -c 'import urllib.request; urllib.request.urlopen(\"{UI}\")' 2> /dev/null; do sleep 1; done"
+    answers = (
+        f"until python -c 'import urllib.request; urllib.request.urlopen(\"{UI}\")' 2> /dev/null; do sleep 1; done"
+    )
     script = "\n".join(["set -euo pipefail", cache, submit, f"{compare} &", answers, "echo MLflow answers"])
     here, ray = tmp_path / "repository", tempfile.mkdtemp(prefix="ray")  # short: Ray's sockets stand in it
     shutil.copytree(ROOT, here, ignore=shutil.ignore_patterns(*LEFT_OUT))

@@ -431,7 +431,7 @@ def test_runs_are_compared_by_their_ids_and_what_is_none_is_left_out_with_a_line
         ),
         ({"experiment": "a small study", "filter": "params.M > 'x"}, r"compare\.filter=params\.M > 'x: "),
         ({"experiment": "a small study", "filter": "params.M = '1'"}, "no evaluate run with metrics is there"),
-        ({"runs": ["0" * 32]}, "no evaluate run with metrics is there"),
+        ({"runs": ["0" * 32]}, r"0: sqlite:.* has no such run; it is left out\. Run jobs\.score"),
     ],
 )
 def test_what_finds_nothing_is_one_line(studied, wanted, says):
@@ -441,9 +441,10 @@ def test_what_finds_nothing_is_one_line(studied, wanted, says):
     assert MlflowClient(store_uri(studied)).get_experiment_by_name("another") is None
 
 
-def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path):
+@pytest.mark.parametrize("override", ["compare.experiment=any", "compare.clips=1"])
+def test_a_store_that_is_not_there_is_refused_and_not_made(tmp_path, override):
     with pytest.raises(UserError, match="there is no such tracking store"):
-        read_study(load(None, [f"out={tmp_path}", "compare.experiment=any"]))
+        read_study(load(None, [f"out={tmp_path}", override]))
     assert not list(tmp_path.iterdir())
 
 

@@ -138,6 +138,8 @@ BOX = "[top, left, bottom, right], each 0..1, top above bottom and left before r
         (["score.protocol=kinetics"], "score.protocol=kinetics: input should be 'whole' or 'paper'"),
         (["score.measures=[fvd]"], "score.measures.0=fvd: input should be 'alignment', 'consistency' or 'spectra'"),
         (["score.gpus=2"], "score.gpus=2: input should be less than or equal to 1"),
+        (["score.bootstrap=19"], "score.bootstrap=19: an interval wants 20 draws or more; 0: no intervals"),
+        (["score.videos={aü: x}"], "'aü' is no name for a row"),
         (["score.bootstrap=-1"], "score.bootstrap=-1: input should be greater than or equal to 0"),
     ],
 )

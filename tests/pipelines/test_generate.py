@@ -212,7 +212,9 @@ def test_what_cannot_be_read_is_a_reject_with_its_reason_and_the_rest_goes_on(of
 def test_a_set_without_one_image_that_can_be_read_is_refused_and_stays_unfinished(of, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"none of its 1 images can be read \(a\.png: damaged, it begins with"):
+    with pytest.raises(
+        UserError, match=r"none of its images can be read \(a\.png: damaged, it begins with.*; when they can, remove "
+    ):
         generate(of(f"generate.images={tmp_path}/bad"))
     assert not (tmp_path / "out/videos/one/manifest.json").exists()
 

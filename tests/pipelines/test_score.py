@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import scipy.ndimage
 import torch
 from mlflow import MlflowClient
 from PIL import Image
-from published import C3D, I3D, saved, write_clip, write_raft
+from published import C3D, I3D, Lengthy, saved, write_clip, write_raft
 from test_decoding import Perilous
 from test_generate import picture, shaken
 from torch import Tensor
@@ -278,6 +279,42 @@ def test_fvd_and_is_are_those_of_the_networks_features_with_intervals_and_a_warn
     assert [name for name in metrics if f"`{name}`" not in page] == []
     # Features are for sets: a table of scores has none.
     assert not {"fvd", "classes", "velocity"} & next(iter(table(config).values())).keys()
+
+
+def test_features_that_depend_on_the_video_are_a_hole_with_a_reason_and_the_rest_goes_on(told, sets, tmp_path, capfd):
+    """Sets of several lengths, and one that has two."""
+    longer = write_set(tmp_path / "longer", 1.0, ["a", "b", "c"], frames=7)
+    mixed = write_set(tmp_path / "mixed", 1.0, ["a", "b"])
+    (mixed / "c.mp4").write_bytes((longer / "c.mp4").read_bytes())
+    net = saved(Lengthy(), tmp_path / "net.pt")
+    lots = f"score.videos={{longer: {longer}, mixed: {mixed}, ours: {sets}/ours}}"
+    config = told(f"score.fvd={net}", f"score.inception={net}", lots)
+    score(config)
+    found = {name: run_of(config, name).data for name in ("longer", "mixed", "ours")}
+    assert {name for name, data in found.items() if "fvd" in data.metrics} == {"ours"}
+    assert {name for name, data in found.items() if "is" in data.metrics} == {"longer", "ours"}
+    assert all(data.metrics["motion"] > 0 for data in found.values())
+    said = capfd.readouterr().out
+    assert "scores: longer: no fvd: features of 7 and of 6 dimensions" in said
+    assert "scores: mixed: no fvd: features of 6 and of 7 dimensions in one set" in said
+    assert "scores: mixed: no is: features of 6 and of 7 dimensions in one set" in said
+    assert "score.protocol=paper takes as many frames of each" in found["mixed"].tags["cil.too_small"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("foo://x", r"^tracking\.uri=foo://x: "),
+        ("postgresql://127.0.0.1:{port}/db", r"^tracking\.uri=postgresql://.*No module named 'psycopg"),
+        ("{folder}", r"^tracking\.uri=.*file"),
+    ],
+)
+def test_a_tracking_store_that_cannot_be_used_is_said_before_anything_is_scored(told, tmp_path, uri, says):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        config = told(f"tracking.uri={uri.format(port=server.getsockname()[1], folder=tmp_path)}")
+        with pytest.raises(UserError, match=says):
+            score(config)
+    assert not Path(config.out, "scores").exists()
 
 
 def test_without_a_bootstrap_there_is_no_interval(told, tmp_path):
@@ -676,7 +713,7 @@ def test_of_other_weights_than_the_videos_were_made_with_nothing_is_said(told, s
     shutil.rmtree(Path(built, "scores"))
     train(1)
     capfd.readouterr()
-    config = config.model_copy(update={"score": config.score.model_copy(update={"bootstrap": 7})})  # another run
+    config = config.model_copy(update={"score": config.score.model_copy(update={"bootstrap": 27})})  # another run
     score(config)
     (found,) = [
         run.data
@@ -750,7 +787,7 @@ def test_videos_of_a_table_of_images_are_paired_by_what_their_index_says(told, e
 
 def test_videos_of_images_made_elsewhere_are_set_against_their_images(told, sets, tmp_path):
     """By the image's name, whatever seed a video has: its folder is where they are looked for."""
-    picture(tmp_path / "images/a.png", 1)
+    picture(tmp_path / "images/a\nb.png", 1)
     picture(tmp_path / "images/inner/b.png", 2)
     size = ("family.preset=tiny", "family.frames=4", "family.height=16", "family.width=24")
     one = f"generate.rows.one={{weights: {shaken(tmp_path / 'weights')}, seeds: [0, 1], steps: 2}}"
@@ -758,9 +795,9 @@ def test_videos_of_images_made_elsewhere_are_set_against_their_images(told, sets
     generate(config)
     score(config)
     scores = table(config, "one")
-    assert scores.keys() == {f"{name}-seed{seed}.mp4" for name in ("a", "inner~b") for seed in (0, 1)}
+    assert scores.keys() == {f"{name}-seed{seed}.mp4" for name in ("a%0Ab", "inner~b") for seed in (0, 1)}
     family = family_of(config)
-    for file, image in (("a-seed1.mp4", "a.png"), ("inner~b-seed0.mp4", "inner/b.png")):
+    for file, image in (("a%0Ab-seed1.mp4", "a\nb.png"), ("inner~b-seed0.mp4", "inner/b.png")):
         frames = decode_all(Path(config.out, "videos/one", file).read_bytes())
         shown = read_image((tmp_path / "images" / image).read_bytes(), family.height, family.width)
         assert scores[file]["psnr"] == pytest.approx(psnr(frames[0], shown))
