@@ -40,15 +40,20 @@ from pipelines.score import score
 from pipelines.trainer import RowTrainer
 from pipelines.weights import plan_weights
 
-config = load(sys.argv[1])
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+config, port = load(sys.argv[1]), free_port()
 often = {"metrics_report_interval_ms": 500}
 ray.init("local", num_cpus=2, _metrics_export_port=port, _system_config=often, log_to_driver=False)
 cache = build_cache(config)
 
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}.store", rank=0, world_size=1)
+alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+os.environ |= {name: str(value) for name, value in alone.items()}
+dist.init_process_group("gloo")
 row = config.training_rows()["base"]
 made = plan_weights(config, family_of(config), "base", row, cache, {})
 made.begin("{}")
