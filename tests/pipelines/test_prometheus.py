@@ -26,7 +26,8 @@ print(ray.is_initialized())
 """
 
 RUN = r"""
-import os, re, socket, sys, time, urllib.request
+import os, socket, sys, threading, time, urllib.request
+from contextlib import suppress
 from pipelines import zero
 
 zero.prepare(gpu=False)
@@ -34,11 +35,10 @@ import ray
 import torch.distributed as dist
 from pipelines.cache import build_cache
 from pipelines.config import load
-from pipelines.generate import generate
 from pipelines.models import family_of
-from pipelines.score import score
 from pipelines.trainer import RowTrainer
 from pipelines.weights import plan_weights
+
 
 def free_port():
     with socket.socket() as free:
@@ -46,9 +46,17 @@ def free_port():
         return free.getsockname()[1]
 
 
-config, port = load(sys.argv[1]), free_port()
-often = {"metrics_report_interval_ms": 500}
+def scrape():
+    while True:
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            told.update(line.decode().rsplit(" ", 1) for line in answer if line.startswith(b"ray_"))
+        time.sleep(0.2)
+
+
+config, port, told = load(sys.argv[1]), free_port(), {}
+often = {"metrics_report_interval_ms": 1000}
 ray.init("local", num_cpus=2, _metrics_export_port=port, _system_config=often, log_to_driver=False)
+threading.Thread(target=scrape, daemon=True).start()
 cache = build_cache(config)
 
 alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -58,19 +66,13 @@ row = config.training_rows()["base"]
 made = plan_weights(config, family_of(config), "base", row, cache, {})
 made.begin("{}")
 RowTrainer(config, "base", row, made, cache, zero.profile_of("zero-1"), lambda *told: None).train()
-dist.destroy_process_group()
-generate(config)
-score(config)
 
 deadline = time.monotonic() + 60
-while True:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-        text = answer.read().decode()
-    if re.search(r'ray_cil_videos_total\{.*stage="scores".*\} 6.0', text) and "ray_node_cpu_utilization" in text:
-        break
-    assert time.monotonic() < deadline, text
+while not any("cil_step_seconds_count" in name and float(value) == 4 for name, value in list(told.items())):
+    assert time.monotonic() < deadline, told
     time.sleep(0.1)
-print(text)
+time.sleep(2)  # two reports, in which gauges come that were told at the same time
+print(*(f"{name} {value}" for name, value in list(told.items())), sep="\n")
 """
 
 
@@ -86,8 +88,6 @@ def test_a_node_of_ray_tells_prometheus_what_its_jobs_tell(settings, tmp_path):
         tmp_path,
         "finetune.rows={base: {weights: null, samples: 32, batch: 8, warmup: 0}}",
         *("finetune.workers=1", "finetune.log_every=8", "finetune.checkpoint_every=16"),
-        *("generate.clips=2", "generate.reference=2", "generate.steps=1", "generate.clips_per_part=2"),
-        *("score.feature_steps=1", "score.leakage=0", "score.bootstrap=0", "score.measures=[]"),
     )
     file = tmp_path / "config.json"
     file.write_text(config.model_dump_json())
@@ -109,8 +109,6 @@ def test_a_node_of_ray_tells_prometheus_what_its_jobs_tell(settings, tmp_path):
         "bytes": sum(part["bytes"] for part in cache.parts),
     }
     assert told["cil_rejected_videos_total", "cache"] > 0
-    sets = ("real", "reference", "base")
-    assert told["cil_videos_total", "videos"] == told["cil_videos_total", "scores"] == 2 * len(sets)
     assert told["cil_step_seconds_count", "base"] == told["cil_step_seconds_bucket", "base"] == 32 / 8
     assert told["cil_progress", "cache"] == 1
     assert told["cil_loss", "base"] > 0
@@ -118,3 +116,4 @@ def test_a_node_of_ray_tells_prometheus_what_its_jobs_tell(settings, tmp_path):
     assert 0 <= told["cil_data_wait", "base"] < 1
     assert told["cil_checkpoint_seconds", "base"] > 0
     assert 0 < told["cil_busy", "encoding"] <= 1
+    assert "ray_node_cpu_utilization{" in done.stdout  # Ray's own, which the dashboard asks for too
