@@ -20,6 +20,7 @@ class Here:
 
     def __init__(self) -> None:
         self.made: list[str] = []  # names of files
+        self.told: dict[str, Counter] = {}  # what makers told, by stage
 
     def make_parts(self, label, unit, parts, maker, arguments, gpus=0, note=None) -> list[str]:
         missing = [part for part in parts if not storage.exists(part.uri)]
@@ -31,6 +32,7 @@ class Here:
             self.made.append(part.uri.rsplit("/", 1)[1])
             row = writer(asdict(part))
             problems.append(row["problem"] or row["failed"])
+            self.told.setdefault(label, Counter()).update(json.loads(row["told"]))
             if note and not problems[-1]:
                 told.update(json.loads(row["told"]))
                 done += row["size"]

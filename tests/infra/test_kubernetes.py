@@ -103,7 +103,7 @@ def test_a_field_that_kuberay_does_not_know_is_found(place, value, schemas):
     assert problems(schemas, job)
 
 
-@pytest.mark.parametrize("name", MADE.keys() - RAYS.keys())
+@pytest.mark.parametrize("name", [name for name in MADE if name not in RAYS])
 def test_kubernetes_knows_every_field(name):
     kubernetes_validate.validate(MADE[name], "1.37", strict=True)
 

@@ -173,7 +173,7 @@ def test_a_name_as_long_as_a_prompt_names_its_video_too(of, tmp_path):
     assert len(videos(made)) == 2
 
 
-def test_what_cannot_be_read_is_a_reject_with_its_reason_and_the_rest_goes_on(of, tmp_path, images):
+def test_what_cannot_be_read_is_a_reject_with_its_reason_and_the_rest_goes_on(of, tmp_path, images, here):
     folder = tmp_path / "mixed"
     picture(folder / "good.png", 0)
     (folder / "text.png").write_text("no picture")
@@ -203,6 +203,7 @@ def test_what_cannot_be_read_is_a_reject_with_its_reason_and_the_rest_goes_on(of
     }
     assert all(line["message"] for line in index(made, "rejects"))
     assert made.counts == {"videos": 1, "rejected": 7}
+    assert here.told["videos"] == {"videos": 8, "rejected_videos": 7}  # for pipelines.metrics
     # The call that it was in has the same shape: the same bytes as without the others.
     alone = tmp_path / "alone"
     picture(alone / "good.png", 0)

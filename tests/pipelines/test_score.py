@@ -142,7 +142,7 @@ def test_two_folders_from_elsewhere_are_scored_without_a_cache_or_a_study(told, 
     assert len(spectra["temporal"]["reference"]) == 5
 
 
-def test_what_cannot_be_scored_is_a_row_with_its_reason_and_the_rest_goes_on(told, capfd):
+def test_what_cannot_be_scored_is_a_row_with_its_reason_and_the_rest_goes_on(told, here, capfd):
     config = told()
     counts = score(config)["ours"].counts
     rejects = table(config, file="rejects")
@@ -152,6 +152,8 @@ def test_what_cannot_be_scored_is_a_row_with_its_reason_and_the_rest_goes_on(tol
     }
     assert "a motion score needs 2 frames" in rejects["short.mp4"]["message"]
     assert (counts["videos"], counts["rejects"]) == (12, 2)
+    assert here.told["scores"]["rejected_videos"] == 2  # for pipelines.metrics
+    assert here.told["scores"]["videos"] >= 14  # those of the reference too
     assert "2 of 14 videos cannot be scored" in capfd.readouterr().out
 
 
