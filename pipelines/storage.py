@@ -1,5 +1,6 @@
 """The one place that reads and writes files: a URI is a local path or s3://bucket/key. Writes are whole or absent."""
 
+import errno
 import fcntl
 import glob as local_glob
 import hashlib
@@ -8,6 +9,7 @@ import os
 import posixpath
 import random
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ S3_LIMITS = {
     "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"},
     "max_pool_connections": 64,  # of a process, all its threads together; 10 by default
 }
+NO_FILES = ("/proc/", "/sys/")  # although they are said to be
 AT_ONCE = 16  # requests that keep a store busy
 PATIENCE = 8  # seconds after which what broke off is not asked for again: less than botocore takes for a dead endpoint
 
@@ -39,6 +42,13 @@ def join(uri: str, *names: str) -> str:
     return posixpath.join(uri, *names)
 
 
+def inside(uri: str, name: str) -> str:
+    """`join` of a name that somebody else may have written: a ValueError if it leaves the folder."""
+    if not name or name.startswith("/") or ".." in name.split("/") or "://" in name or "\0" in name:
+        raise ValueError(f"{name!r} is no file in {uri}")
+    return posixpath.join(uri, name)
+
+
 def exists(uri: str) -> bool:
     if is_local(uri):
         return os.path.exists(uri)
@@ -46,9 +56,15 @@ def exists(uri: str) -> bool:
         return bool(remote.exists(uri))
 
 
-def read(uri: str) -> bytes:
+def read(uri: str, most: int | None = None) -> bytes:
+    """`most`: bytes that somebody else's file may have; a larger one is an OSError, EFBIG."""
+    if most is not None:
+        data = read_range(uri, 0, most + 1)
+        if len(data) > most:
+            raise OSError(errno.EFBIG, f"has more than the {most} bytes that are read", uri)
+        return data
     if is_local(uri):
-        return Path(uri).read_bytes()
+        return read_range(uri, 0, -1)
     with _remote(uri) as remote:
         # One request at a time, or it would ask for the size before.
         return _to_its_end(lambda: bytes(remote.cat_file(uri, max_concurrency=1)))
@@ -64,14 +80,31 @@ def read_range(uri: str, offset: int, size: int) -> bytes:
 def ranges(uri: str) -> Iterator[Callable[[int, int], bytes]]:
     """read_range for many ranges of one file, which is opened once."""
     if is_local(uri):
-        with open(uri, "rb", buffering=0) as file:
+        with open_file(uri) as file:
             yield lambda offset, size: _at(file, offset, size)
         return
     with _remote(uri) as remote:
         yield lambda offset, size: _fetched(remote, uri, offset, size)
 
 
+def open_file(path: str) -> FileIO:
+    """To read, if it is one: a pipe may never answer, a device never end, and /proc tells of this process."""
+    file = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    try:
+        kind = os.fstat(file.fileno()).st_mode
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(kind) or os.path.realpath(path).startswith(NO_FILES):
+            raise OSError(errno.EINVAL, "is a pipe, a device or of /proc, and no file", path)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
 def _at(file: FileIO, offset: int, size: int) -> bytes:
+    left = max(0, os.fstat(file.fileno()).st_size - offset)
+    size = left if size < 0 else min(size, left)  # Python takes memory for as much as is asked for
     file.seek(offset)
     data = file.read(size) or b""
     while 0 < len(data) < size and (more := file.read(size - len(data))):  # one read gives 2 GiB at most
@@ -154,6 +187,8 @@ def creating(uri: str) -> Iterator[Path]:
 def kept_copy(uri: str) -> Path:
     """A local file or folder with what stands at `uri`: downloaded once for each machine and version."""
     if is_local(uri):
+        if os.path.exists(uri) and not os.path.isdir(uri):
+            open_file(uri).close()
         return Path(uri)
     with _remote(uri) as remote:
         found = remote.find(uri, detail=True)
@@ -282,12 +317,14 @@ def _to_its_end(fetch: Callable[[], T]) -> T:
 @contextmanager
 def _remote(uri: str) -> Iterator[Any]:
     """An fsspec filesystem, imported only where one is needed. What goes wrong is an OSError, as on a disk."""
+    if not uri.startswith("s3://"):  # what a run of somebody else's names may be of any protocol that fsspec knows
+        raise OSError(errno.EINVAL, "neither a local path nor s3://", uri)
     import fsspec
     from aiohttp import ClientError
     from botocore.exceptions import BotoCoreError
 
     # No cache of listings: other workers write beside us.
-    filesystem = fsspec.filesystem(uri.split("://")[0], config_kwargs=S3_LIMITS, use_listings_cache=False)
+    filesystem = fsspec.filesystem("s3", config_kwargs=S3_LIMITS, use_listings_cache=False)
     filesystem.retries = 1  # botocore tries again by itself
     try:
         yield filesystem
