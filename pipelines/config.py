@@ -792,7 +792,7 @@ def _parse(override: str) -> tuple[list[str], Any]:
 
 
 def _yaml(text: str) -> Any:
-    """Plain values only; whatever else it is, and one whose aliases make more of it than it is long, is a ValueError."""
+    """Plain values. Whatever else it is, and aliases that make much more of it than it is long, are a ValueError."""
     try:
         tree = yaml.safe_load(text)
         size = _size(tree, {})

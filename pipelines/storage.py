@@ -18,6 +18,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipelines.errors import UserError
+
 # Seconds, not the seven minutes that botocore waits by default for an endpoint that accepts and never answers. Between
 # attempts botocore waits, longer each time.
 ATTEMPTS = 3
@@ -28,10 +30,15 @@ S3_LIMITS = {
     "max_pool_connections": 64,  # of a process, all its threads together; 10 by default
 }
 NO_FILES = ("/proc/", "/sys/")  # although they are said to be
+TOLD = 2**30  # bytes of a table that a run of somebody else's may name
 AT_ONCE = 16  # requests that keep a store busy
 PATIENCE = 8  # seconds after which what broke off is not asked for again: less than botocore takes for a dead endpoint
 
 T = TypeVar("T")
+
+
+class Unfit(OSError):
+    """No file, or too large a one: to try again would not help."""
 
 
 def is_local(uri: str) -> bool:
@@ -42,10 +49,14 @@ def join(uri: str, *names: str) -> str:
     return posixpath.join(uri, *names)
 
 
+def leaves(name: str) -> bool:
+    """Whether a name that somebody else may have written is none of a file in the folder that it is joined to."""
+    return not name or name.startswith("/") or ".." in name.split("/") or "://" in name or "\0" in name
+
+
 def inside(uri: str, name: str) -> str:
-    """`join` of a name that somebody else may have written: a ValueError if it leaves the folder."""
-    if not name or name.startswith("/") or ".." in name.split("/") or "://" in name or "\0" in name:
-        raise ValueError(f"{name!r} is no file in {uri}")
+    if leaves(name):
+        raise UserError(f"{uri}: {name!r} is named as a file in it, and is none: this is not as we wrote it")
     return posixpath.join(uri, name)
 
 
@@ -57,11 +68,11 @@ def exists(uri: str) -> bool:
 
 
 def read(uri: str, most: int | None = None) -> bytes:
-    """`most`: bytes that somebody else's file may have; a larger one is an OSError, EFBIG."""
+    """`most`: bytes that somebody else's file may have; a larger one is Unfit."""
     if most is not None:
         data = read_range(uri, 0, most + 1)
         if len(data) > most:
-            raise OSError(errno.EFBIG, f"has more than the {most} bytes that are read", uri)
+            raise Unfit(errno.EFBIG, f"has more than the {most} bytes that are read", uri)
         return data
     if is_local(uri):
         return read_range(uri, 0, -1)
@@ -94,8 +105,8 @@ def open_file(path: str) -> FileIO:
         kind = os.fstat(file.fileno()).st_mode
         if stat.S_ISDIR(kind):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        if not stat.S_ISREG(kind) or os.path.realpath(path).startswith(NO_FILES):
-            raise OSError(errno.EINVAL, "is a pipe, a device or of /proc, and no file", path)
+        if not stat.S_ISREG(kind) or os.readlink(f"/proc/self/fd/{file.fileno()}").startswith(NO_FILES):
+            raise Unfit(errno.EINVAL, "is a pipe, a device or of /proc, and no file", path)
     except OSError:
         file.close()
         raise
@@ -226,9 +237,20 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "cil")
 
 
-def read_rows(uri: str) -> list[dict[str, Any]]:
+def read_json(uri: str, most: int | None = None) -> Any:
+    return _parsed(read(uri, most))
+
+
+def read_rows(uri: str, most: int | None = None) -> list[dict[str, Any]]:
     """A small table: JSON lines."""
-    return [json.loads(line) for line in read(uri).splitlines()]
+    return [_parsed(line) for line in read(uri, most).splitlines()]
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_rows(uri: str, rows: list[dict[str, Any]]) -> None:
@@ -318,7 +340,7 @@ def _to_its_end(fetch: Callable[[], T]) -> T:
 def _remote(uri: str) -> Iterator[Any]:
     """An fsspec filesystem, imported only where one is needed. What goes wrong is an OSError, as on a disk."""
     if not uri.startswith("s3://"):  # what a run of somebody else's names may be of any protocol that fsspec knows
-        raise OSError(errno.EINVAL, "neither a local path nor s3://", uri)
+        raise Unfit(errno.EINVAL, "neither a local path nor s3://", uri)
     import fsspec
     from aiohttp import ClientError
     from botocore.exceptions import BotoCoreError

@@ -206,12 +206,17 @@ def as_csv(study: Study, columns: list[Column]) -> str:
     target = io.StringIO()
     writer = csv.writer(target, lineterminator="\n")
     four = [(c.name, f"{c.name}_low", f"{c.name}_high", f"{c.name}_mark") for c in columns]
-    writer.writerow(["row", "seeds", *itertools.chain(*four)])
+    writer.writerow(["row", "seeds", *map(_no_formula, itertools.chain(*four))])
     for arm in study.arms.values():
-        line: list[object] = [arm.name, len(arm.runs)]
+        line: list[object] = [_no_formula(arm.name), len(arm.runs)]
         for column in columns:
             cell = column.cells[arm.name]
             line += [cell.estimate.mean, cell.estimate.low, cell.estimate.high] if cell.estimate else [None] * 3
             line.append(cell.mark)
         writer.writerow(line)
     return target.getvalue()
+
+
+def _no_formula(name: str) -> str:
+    """A spreadsheet runs what begins so, and whoever logs a run names it."""
+    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact
 from pipelines.config import Config
-from pipelines.errors import Unfinished, UserError
+from pipelines.errors import Unfinished, UserError, shown
 
 
 def store_uri(config: Config) -> str:
@@ -224,7 +224,7 @@ def _now() -> int:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return shown(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
 
 
 def refuse_unreachable(config: Config) -> None:
@@ -262,12 +262,15 @@ def _away(error: Exception) -> bool:
 
 def _refuse_silent(config: Config) -> bool:
     """Whether it is a server; one that nobody runs is refused."""
-    parts = urlsplit(store_uri(config))
+    try:
+        parts = urlsplit(store_uri(config))
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError as error:
+        raise UserError(f"tracking.uri={config.tracking.uri}: is no address ({error})") from None
     if parts.scheme not in ("http", "https"):
         return False
     _be_brief()
     try:
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         socket.create_connection((parts.hostname or "", port), timeout=5).close()
     except OSError as error:
         raise Unfinished(f"tracking.uri={config.tracking.uri}: cannot be reached ({error})") from None
