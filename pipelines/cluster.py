@@ -26,9 +26,10 @@ def connect() -> None:
     # Never a cluster that somebody else left on this machine, unless RAY_ADDRESS says so.
     address = os.environ.get("RAY_ADDRESS", "local")
     environment = {"env_vars": {"PYTHONPATH": path}}
-    # One of our own is for this machine alone: else its ports are open to whoever reaches the machine.
-    here = {"_node_ip_address": "127.0.0.1"} if address == "local" else {}
-    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **here)
+    if address == "local":
+        # For this machine alone, as Ray does it on a Mac: else whoever reaches the machine reaches a dozen ports.
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
     data = ray.data.DataContext.get_current()
     data.enable_progress_bars = False
     data.print_on_execution_start = False

@@ -20,6 +20,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -43,7 +44,7 @@ LARGEST = 100_000  # values of a configuration
 PUBLISHED = "published"  # stands for the weights that family.weights names
 TAKEN = ("real", "reference", PUBLISHED)
 
-Uri = Annotated[str, AfterValidator(absolute)]
+Uri = Annotated[str, AfterValidator(absolute), WithJsonSchema({"type": "string", "format": "place"})]
 
 
 def _absolute_each(value: Any) -> Any:
@@ -68,8 +69,16 @@ def _once(values: list[int]) -> list[int]:
     return values
 
 
-Uris = Annotated[str | tuple[str, ...], BeforeValidator(_absolute_each)]
-RowOrUri = Annotated[str, AfterValidator(lambda name: absolute(name) if "/" in name else name)]
+Uris = Annotated[
+    str | tuple[str, ...],
+    BeforeValidator(_absolute_each),
+    WithJsonSchema({"type": "string", "format": "place, or list of them"}),
+]
+RowOrUri = Annotated[
+    str,
+    AfterValidator(lambda name: absolute(name) if "/" in name else name),
+    WithJsonSchema({"type": "string", "format": "row or place"}),
+]
 
 
 def inside(region: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
