@@ -493,9 +493,9 @@ class ScoreConfig(Section):
 class ClaimConfig(Section):
     """Something the page puts to the test: `row` against `against`, seed by seed."""
 
-    says: str
-    row: str
-    against: str
+    says: str = Field(description="the claim in words, as it stands on the page")
+    row: str = Field(description="a row of the comparison")
+    against: str = Field(description="the row that it is compared with, or real")
     metric: Literal[
         "motion",
         "motion_error",
@@ -514,8 +514,8 @@ class ClaimConfig(Section):
         "frechet",
         "fvd",
         "is",
-    ]
-    expected: Literal["higher", "lower"]
+    ] = Field(description="of the table's metrics (docs/evaluation.md)")
+    expected: Literal["higher", "lower"] = Field(description="what the claim says of row's figure")
 
 
 class CompareConfig(Section):

@@ -14,9 +14,10 @@ from pipelines.config import Config
 HEAD = """# Every key of the configuration
 
 A configuration is a YAML file (`--config`), then `key=value` behind the command: `cache.stride=4`. What is said on the
-command line stands in place of what the file has there. A key that is not here, a value of another kind and what cannot be
-together are refused in one line, with exit code 2, before anything starts. The whole configuration stands beside every
-artifact as `config.json`, so it may hold no password (docs/safety.md). Places are local paths or `s3://` addresses.
+command line stands in place of what the file has there. A key that is not here, a value of another kind and what
+cannot be together are refused in one line, with exit code 2, before anything starts. The whole configuration stands
+beside every artifact as `config.json`, so it may hold no password (docs/safety.md). Places are local paths or `s3://`
+addresses.
 
 This page is made from `pipelines/config.py` by `python -m pipelines.reference > docs/configuration.md`."""
 SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -82,7 +83,9 @@ def _kind(schema: dict[str, Any], known: dict[str, Any]) -> str:
             return f"[{', '.join(_kind(each, known) for each in inner)}]"
         return f"list of {_kind(schema.get('items', {}), known)}"
     if schema.get("type") == "object":
-        return f"NAME: {_kind(inner, known)}" if isinstance(inner := schema.get("additionalProperties"), dict) else "keys"
+        return (
+            f"NAME: {_kind(inner, known)}" if isinstance(inner := schema.get("additionalProperties"), dict) else "keys"
+        )
     kind = schema.get("format") or PLAIN.get(schema.get("type", ""), "any value")
     limits = [f"{sign} {schema[word]:g}" for word, sign in SIGNS.items() if word in schema]
     limits += [f"a multiple of {schema['multipleOf']}"] if "multipleOf" in schema else []
