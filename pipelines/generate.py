@@ -253,7 +253,7 @@ class Sampler:
     def write(self, folder: str, line: dict[str, Any], latents: Tensor) -> None:
         """Decoded one clip at a time: memory does not grow with the part."""
         frames = self.family.decode(latents[None])[0].cpu()
-        storage.write(storage.join(folder, line["file"]), encode(frames, line["fps"]))
+        storage.write(storage.inside(folder, line["file"]), encode(frames, line["fps"]))
 
     # -- what samples begin with: their lines of the index, and what the family has encoded --------------------------
 

@@ -205,6 +205,9 @@ def kept_copy(uri: str) -> Path:
         found = remote.find(uri, detail=True)
         if not found:
             raise FileNotFoundError(f"{uri}: there is nothing")
+        root = remote._strip_protocol(uri).rstrip("/")
+        for path in found.keys() - {root}:
+            inside(uri, path.removeprefix(f"{root}/"))  # a key may be anything, and becomes a path here
         version = repr(sorted((path, info.get("size"), info.get("ETag")) for path, info in found.items()))
         cache = _cache()
         kept = cache / hashlib.sha256(version.encode()).hexdigest()[:16] / posixpath.basename(uri.rstrip("/"))

@@ -9,6 +9,7 @@ of all rows.
 import csv
 import io
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -191,7 +192,7 @@ def markdown(study: Study, columns: list[Column], verdicts: list[Verdict]) -> st
     for arm in study.arms.values():
         cells = [column.cells[arm.name] for column in columns]
         figures = [f"**{cell}**" if cell.mark == "best" else str(cell) for cell in cells]
-        rows.append([arm.name.replace("|", "\\|"), str(len(arm.runs)), *figures])
+        rows.append([_no_markup(arm.name), str(len(arm.runs)), *figures])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
@@ -215,6 +216,10 @@ def as_csv(study: Study, columns: list[Column]) -> str:
             line.append(cell.mark)
         writer.writerow(line)
     return target.getvalue()
+
+
+def _no_markup(name: str) -> str:
+    return re.sub(r"[|<`]|\](?=\()", r"\\\g<0>", name)
 
 
 def _no_formula(name: str) -> str:

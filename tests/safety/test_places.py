@@ -9,8 +9,11 @@ import tarfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import boto3
 import pytest
+import torch
 from in_process import instead_of_ray
 
 from cil.checkpoints import read
@@ -22,6 +25,7 @@ from pipelines.catalog import read_catalog
 from pipelines.checkpoints import Stored
 from pipelines.config import CatalogConfig, load
 from pipelines.errors import UserError
+from pipelines.generate import Sampler
 from pipelines.images import read_images
 from pipelines.scorer import Seen
 from pipelines.sets import generated
@@ -227,3 +231,21 @@ def test_a_table_has_no_formulas_of_strangers(hostile):
     column = Column(hostile, Metric(hostile, None), {hostile: Cell(None)}, set())
     rows = list(csv.reader(io.StringIO(as_csv(Study("study", {hostile: Arm(hostile)}, []), [column]))))
     assert rows[0][2] == rows[1][0] == f"'{hostile}"
+
+
+def test_a_key_of_a_bucket_is_downloaded_to_no_place_outside(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    boto3.client("s3").put_object(Bucket="webvid", Key="weights/../../../../escaped.bin", Body=b"escaped")
+    boto3.client("s3").put_object(Bucket="webvid", Key="weights/good.bin", Body=b"good")
+    with pytest.raises(UserError, match="is named as a file in it, and is none"):
+        storage.kept_copy("s3://webvid/weights")
+    assert storage.kept_copy("s3://webvid/weights/good.bin").read_bytes() == b"good"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix == ".bin"] == ["good.bin"]
+
+
+def test_a_clip_of_a_strangers_cache_writes_no_video_outside(tmp_path):
+    made = object.__new__(Sampler)
+    made.family = SimpleNamespace(decode=lambda latents: torch.zeros(1, 2, 16, 16, 3, dtype=torch.uint8))
+    with pytest.raises(UserError, match="is named as a file in it, and is none"):
+        made.write(str(tmp_path / "videos"), {"file": "../../outside_0.mp4", "fps": 8}, torch.zeros(2))
+    assert list(tmp_path.rglob("*.mp4")) == []
