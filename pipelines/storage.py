@@ -29,6 +29,7 @@ S3_LIMITS = {
     "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"},
     "max_pool_connections": 64,  # of a process, all its threads together; 10 by default
 }
+NO_FILE = "is a pipe, a device or of /proc, and no file"
 NO_FILES = ("/proc/", "/sys/")  # although they are said to be
 TOLD = 2**30  # bytes of a table that a run of somebody else's may name
 AT_ONCE = 16  # requests that keep a store busy
@@ -100,13 +101,18 @@ def ranges(uri: str) -> Iterator[Callable[[int, int], bytes]]:
 
 def open_file(path: str) -> FileIO:
     """To read, if it is one: a pipe may never answer, a device never end, and /proc tells of this process."""
-    file = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    try:
+        file = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device that is not there
+            raise Unfit(errno.EINVAL, NO_FILE, path) from None
+        raise
     try:
         kind = os.fstat(file.fileno()).st_mode
         if stat.S_ISDIR(kind):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if not stat.S_ISREG(kind) or os.readlink(f"/proc/self/fd/{file.fileno()}").startswith(NO_FILES):
-            raise Unfit(errno.EINVAL, "is a pipe, a device or of /proc, and no file", path)
+            raise Unfit(errno.EINVAL, NO_FILE, path)
     except OSError:
         file.close()
         raise
