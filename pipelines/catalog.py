@@ -494,13 +494,20 @@ def _table(**given: Any) -> pa.Table:
         values = given.get(field.name, 0)
         if isinstance(values, int):
             values = np.full(len(given["videoid"]), values)
-        if field.name == "extra":  # signed links stand in csvs, and what is cached is passed on
-            values = [redacted(value) if "://" in value and tells_secret(value) else value for value in values]
+        if field.name == "extra":
+            values = _without_secrets(pa.array(values, field.type))
         if field.name == "place":
             columns.append(pa.array(values, pa.large_string()).dictionary_encode())
         else:
             columns.append(pa.array(values, field.type))
     return pa.table(columns, schema=SCHEMA)
+
+
+def _without_secrets(values: pa.Array) -> pa.Array:
+    """Signed links stand in csvs, and what is cached is passed on."""
+    if not pc.any(pc.match_substring_regex(values, r"://\S*[@?#]")).as_py():  # as of ten million links
+        return values
+    return pa.array([redacted(v) if tells_secret(v) else v for v in values.to_pylist()], values.type)
 
 
 # all of them
