@@ -27,6 +27,7 @@ from pipelines.config import Config
 from pipelines.decoding import DecodePool, TooLarge
 from pipelines.models import aesthetics_of, device_of, family_of
 from pipelines.parts import Made
+from pipelines.secrets import redacted
 from pipelines.video import DECODERS, BadVideo, Reason
 from pipelines.views import View, split_of, unit, views_of
 
@@ -89,7 +90,7 @@ class PartMaker:
             except BadVideo as error:
                 rejects.append(self._reject(video, error.reason, str(error)))
             except OSError as error:
-                problem = " ".join(f"{type(error).__name__}: {error}".split())
+                problem = redacted(" ".join(f"{type(error).__name__}: {error}".split()))
                 if not self.config.cache.accept_transient:  # there will be no part
                     return Made(None, f"{video.videoid}: {problem[:500]}")
                 rejects.append(self._reject(video, "io", problem))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipelines.errors import UserError
+from pipelines.secrets import redacted
 
 # Seconds, not the seven minutes that botocore waits by default for an endpoint that accepts and never answers. Between
 # attempts botocore waits, longer each time.
@@ -362,4 +363,4 @@ def _remote(uri: str) -> Iterator[Any]:
     except TimeoutError as error:  # fsspec's says nothing
         raise TimeoutError(f"{uri}: {error or 'an answer stopped in its middle'}") from error
     except (BotoCoreError, ClientError) as error:
-        raise OSError(f"{uri}: {error}") from error
+        raise OSError(redacted(f"{uri}: {error}")) from error  # it quotes the endpoint's address

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from pipelines import storage, tracking
@@ -131,6 +132,21 @@ def test_no_secret_of_s3_is_in_an_error_of_it(endpoint, monkeypatch):
         assert "a-secret-nobody-may-see" not in repr(failed.value)
 
 
+def test_a_password_in_the_endpoint_of_a_store_is_in_no_error_of_it(monkeypatch):
+    s3 = fsspec.get_filesystem_class("s3")
+    s3.clear_instance_cache()
+    monkeypatch.setitem(storage.S3_LIMITS, "retries", {"total_max_attempts": 1})
+    monkeypatch.setattr(storage, "ATTEMPTS", 1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:9/?token={SECRET}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another-secret")
+    with pytest.raises(OSError, match=r"s3://bucket/a: .*127\.0\.0\.1:9") as failed:
+        storage.read("s3://bucket/a")
+    s3.clear_instance_cache()
+    assert SECRET not in str(failed.value)
+
+
+@pytest.mark.slow  # makes an MLflow store
 def test_what_is_told_to_mlflow_has_the_experiments_name_as_it_is_and_no_secret(tmp_path, monkeypatch):
     """Quotes, formulas and escape sequences in a name do nothing; a store keeps nothing of the environment."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
