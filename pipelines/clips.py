@@ -113,7 +113,9 @@ class PartMaker:
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except storage.Unfit as error:
-                raise BadVideo("too_large" if error.errno == errno.EFBIG else "not_a_video", error.strerror) from None
+                raise BadVideo(
+                    "too_large" if error.errno == errno.EFBIG else "not_a_video", str(error.strerror)
+                ) from None
             except IsADirectoryError:
                 raise BadVideo("not_a_video", "a folder has its name") from None
         # Without the folder: a cache has the same bytes wherever its videos lie.

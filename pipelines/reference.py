@@ -47,8 +47,8 @@ def _section(prefix: str, section: type[BaseModel], mark: str, without: type[Bas
             yield from _section(f"{prefix}.{name}", type(field.default), "###")
         for inner in get_args(field.annotation):  # a table or a list of sections
             if isinstance(inner, type) and issubclass(inner, BaseModel):
-                shared = next((base for base in inner.__mro__[1:] if base in section.__mro__[1:-1]), None)
-                shared = shared if shared and shared.model_fields else None
+                bases = (base for base in inner.__mro__[1:] if issubclass(base, BaseModel) and base.model_fields)
+                shared = next((base for base in bases if issubclass(section, base)), None)
                 place = "NAME" if isinstance(field.default, dict) else "each"
                 yield from _section(f"{prefix}.{name}.{place}", inner, "###", shared)
 
