@@ -13,6 +13,7 @@ its weights are in use; to put another file in its place, as the writers here do
 
 import hashlib
 import json
+import mmap
 import os
 import pickle
 import re
@@ -22,7 +23,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import safetensors
 import safetensors.torch
@@ -38,6 +39,10 @@ DEEPSPEED = "_forward_module."
 WRAPPERS = (DEEPSPEED, "module.", "_orig_mod.")
 
 EXPECTED = "expected a .ckpt, .pt, .bin or .safetensors file of weights, or a diffusers folder"
+
+TIED = 4  # how often at most the same values are weights of several names
+MAKES_ROOM = b"bytearray\n"  # a pickle can ask for one of any size, and torch lets it
+REFUSED_ROOM = "asks for memory by a bytearray, and nothing but tensors is ever loaded (nothing was executed)"
 
 MARKS = (
     (rb"\s*(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml)", "a web page, as a download leaves that was answered by one"),
@@ -122,16 +127,24 @@ def read_ema(path: str | Path, parameters: Iterable[str] | None = None, or_raw: 
 def _content(path: Path) -> dict[Any, Any]:
     if path.is_dir():
         return _folder(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: a pipe or a device; {EXPECTED}")
     with path.open("rb") as file:
         head = file.read(512)
     if head.startswith((b"PK\x03\x04", b"\x80")) and path.suffix == ".safetensors":  # torch goes by that
         raise ValueError(f"{path}: a .ckpt or .pt that is called .safetensors; rename it")
     if head[:4] == b"PK\x03\x04":
-        _check_zip(path)
+        try:
+            check_zip(path)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; {EXPECTED}") from None
         return _pickled(path, mapped=True)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 28:
         return _safetensors(path)
     if head[:1] == b"\x80":  # as torch wrote before 1.6
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(MAKES_ROOM) >= 0:
+                raise ValueError(f"{path}: {REFUSED_ROOM}; {EXPECTED}")
         return _pickled(path, mapped=False)
     if head[257:262] == b"ustar":
         raise ValueError(f"{path}: a tar archive; {EXPECTED}")
@@ -139,21 +152,39 @@ def _content(path: Path) -> dict[Any, Any]:
     raise ValueError(f"{path}: {what if head else 'empty'}; {EXPECTED}")
 
 
-def _check_zip(path: Path) -> None:
-    """Mapped weights are trusted to lie where the zip says, as they are: so look that they do."""
+def check_zip(file: Path | BinaryIO) -> None:
+    """Before torch reads it: that it is one of torch's, whose content lies in it as it is, and each byte once.
+
+    Mapped weights are trusted to lie where the zip says. Others would be unpacked to whatever size the zip claims.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError):
-        raise ValueError(f"{path}: a damaged or truncated .ckpt or .pt (a zip without its end)") from None
-    names = {member.filename.rpartition("/")[2] for member in members}
-    if "constants.pkl" in names:
-        raise ValueError(f"{path}: a TorchScript program, which is never run; {EXPECTED}")
-    if "data.pkl" not in names:
-        what = "a numpy file (npz)" if any(name.endswith(".npy") for name in names) else "a zip file, but not torch's"
-        raise ValueError(f"{path}: {what}; {EXPECTED}")
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise ValueError(f"{path}: zipped again, with compression; torch's own files have none")
+            names = {member.filename.rpartition("/")[2] for member in members}
+            if "constants.pkl" in names:
+                raise ValueError("a TorchScript program, which is never run")
+            if "data.pkl" not in names:
+                npz = any(name.endswith(".npy") for name in names)
+                raise ValueError("a numpy file (npz)" if npz else "a zip file, but not torch's")
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise ValueError("zipped again, with compression; torch's own files have none")
+            size = file.stat().st_size if isinstance(file, Path) else file.seek(0, os.SEEK_END)
+            if (claimed := sum(member.file_size for member in members)) > size:
+                raise ValueError(f"a zip of {size} bytes that claims {claimed}: its members overlap")
+            pickles = [member for member in members if member.filename.endswith("data.pkl")]
+            if any(MAKES_ROOM in archive.read(member) for member in pickles):
+                raise ValueError(REFUSED_ROOM)
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, RuntimeError, EOFError):
+        raise ValueError("a damaged or truncated .ckpt or .pt (a zip without its end)") from None
+
+
+def refuse_inflated(state: Mapping[str, Tensor]) -> None:
+    """Views of few values can claim any number of them, which the first copy would make real."""
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
+    claimed = sum(tensor.nbytes for tensor in state.values())
+    if claimed > TIED * sum(held.values()):
+        largest = max(state, key=lambda name: state[name].nbytes)
+        raise ValueError(f"{largest} and others claim {claimed} bytes and hold {sum(held.values())}: expanded views")
 
 
 def _pickled(path: Path, mapped: bool) -> dict[Any, Any]:
@@ -249,6 +280,8 @@ def _weights(path: str | Path, content: dict[Any, Any]) -> State:
     for name, tensor in state.items():
         if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
             raise ValueError(f"{path}: {name} is quantized, sparse or without values; expected plain tensors")
+    with naming(path):
+        refuse_inflated(state)
     while wrapper := next((wrapper for wrapper in WRAPPERS if all(name.startswith(wrapper) for name in state)), None):
         state = {name.removeprefix(wrapper): tensor for name, tensor in state.items()}
     return {name: tensor.detach() for name, tensor in state.items()}

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from cil.checkpoints import MAKES_ROOM, REFUSED_ROOM, check_zip, refuse_inflated
 from cil.draws import Random, normal_like
 from cil.moments import Moments
 from cil.processes import EDM, Process
@@ -239,6 +240,8 @@ class InitialNoise:
     @classmethod
     def load(cls, path: str | Path) -> "InitialNoise":
         """Any of the three layouts."""
+        if Path(path).exists() and not Path(path).is_file():
+            raise ValueError(f"{path}: no file, but a folder, a pipe or a device")
         try:
             return cls.from_bytes(Path(path).read_bytes())
         except ValueError as error:
@@ -271,6 +274,13 @@ class InitialNoise:
     @classmethod
     def _published(cls, data: bytes) -> "InitialNoise":
         try:
+            if data[:2] == b"PK":
+                check_zip(io.BytesIO(data))
+            elif MAKES_ROOM in data:
+                raise ValueError(REFUSED_ROOM)
+        except ValueError as error:
+            raise ValueError(f"not a .pt file of tensors ({error})") from None
+        try:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can raise anything
             objects = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
@@ -285,6 +295,7 @@ class InitialNoise:
         for name in names:
             if not _is_real(state[name]):
                 raise ValueError(f"{name} is {type(state[name]).__name__}: a tensor of real numbers")
+        refuse_inflated({name: torch.as_tensor(state[name]) for name in names})
         mean, variance = (torch.as_tensor(state[name]).detach().double() for name in names)
         if variance.numel() != 1:
             raise ValueError(f"{names[1]} of shape {list(variance.shape)}: one number")

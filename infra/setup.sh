@@ -24,9 +24,11 @@ fi
 echo "setup: making .venv (some minutes, once)"
 python3.11 -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
+# As variables they also reach the environments that pip makes to build packages in; newer pips have one for these alone.
+export PIP_CONSTRAINT="$PWD/constraints.txt" PIP_BUILD_CONSTRAINT="$PWD/constraints.txt"
 # torch first, so that what depends on it takes this build.
-pip install --constraint constraints.txt torch
-pip install --constraint constraints.txt --editable '.[dev]'
+pip install torch
+pip install --editable '.[dev]'
 
 echo "setup: building DeepSpeed's operators for CPUs (some minutes, once)"
 .venv/bin/python - >.venv/deepspeed-build.log 2>&1 <<'PYTHON' ||

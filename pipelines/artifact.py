@@ -131,7 +131,7 @@ MADE_BY = {
 
 def _read_json(uri: str) -> dict[str, Any]:
     try:
-        body = json.loads(storage.read(uri))
+        body = storage.read_json(uri)
     except ValueError as error:
         raise UserError(f"{uri} is damaged ({error}): remove its folder, and run the job that makes it again") from None
     if not isinstance(body, dict) or not {"kind", "schema_version", "fingerprint", "identity"} <= body.keys():

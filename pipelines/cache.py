@@ -82,7 +82,7 @@ class Cache:
         return artifact.fingerprint([self.manifest.fingerprint, [part["sha256"] for part in self.parts]])
 
     def path(self, part: str, ending: str = "arrow") -> str:
-        return storage.join(self.uri, "parts", f"{part}.{ending}")
+        return storage.inside(storage.join(self.uri, "parts"), f"{part}.{ending}")
 
     def index(self) -> pa.Table:
         """Of every clip all but its tensors, by clip_id: mapped into memory, wherever the cache is."""
@@ -155,7 +155,7 @@ def read_cache(config: Config) -> Cache:
     name = config.cache.snapshot or _latest_name(folder)
     if name is None:
         artifact.refuse_unfinished(folder, KIND)
-    cache = Cache(folder, artifact.read_manifest(storage.join(folder, "snapshots", name), SNAPSHOT))
+    cache = Cache(folder, artifact.read_manifest(storage.inside(storage.join(folder, "snapshots"), name), SNAPSHOT))
     refuse_other_family(KIND, folder, cache.encoding["family"], config)
     return cache
 

@@ -31,6 +31,7 @@ from pipelines import storage, tars
 from pipelines.artifact import code
 from pipelines.config import CatalogConfig
 from pipelines.errors import UserError, shown
+from pipelines.secrets import redacted, tells_secret
 
 COLUMNS = ("videoid", "name")
 BLOCK = 1 * 1024 * 1024  # bytes of a csv parsed at once
@@ -248,7 +249,7 @@ def _named(key: str, uri: str) -> Iterator[None]:
         raise UserError(f"catalog.{key}={uri}: is a folder, and a file is expected") from None
     except OSError as error:
         said = " ".join(str(error).split()).removeprefix(f"{uri}: ")  # which storage has named already
-        if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
+        if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | storage.Unfit):
             raise UserError(f"catalog.{key}={uri}: cannot be read: {said}") from None
         raise OSError(f"catalog.{key}={uri}: {said}") from error
 
@@ -472,7 +473,7 @@ def _read_folder(uri: str, root: int) -> pa.Table:
         if f"{stem}.txt" not in there:
             return ""
         with _named("folder", file := f"{uri.rstrip('/')}/{stem}.txt"):
-            return tars.text(storage.read(file))
+            return tars.text(storage.read(file, tars.LARGEST))
 
     return _table(
         videoid=[tars.escaped(stem) for stem in stems],
@@ -493,11 +494,20 @@ def _table(**given: Any) -> pa.Table:
         values = given.get(field.name, 0)
         if isinstance(values, int):
             values = np.full(len(given["videoid"]), values)
+        if field.name == "extra":
+            values = _without_secrets(pa.array(values, field.type))
         if field.name == "place":
             columns.append(pa.array(values, pa.large_string()).dictionary_encode())
         else:
             columns.append(pa.array(values, field.type))
     return pa.table(columns, schema=SCHEMA)
+
+
+def _without_secrets(values: pa.Array) -> pa.Array:
+    """Signed links stand in csvs, and what is cached is passed on."""
+    if not pc.any(pc.match_substring_regex(values, r"://\S*[@?#]")).as_py():  # as of ten million links
+        return values
+    return pa.array([redacted(v) if tells_secret(v) else v for v in values.to_pylist()], values.type)
 
 
 # all of them

@@ -142,7 +142,7 @@ class Stored(Mapping[str, Tensor]):
         self.shapes: dict[str, list[int]] = self.told["shapes"]
         self._places: dict[tuple[str, str], list[_Place]] = {}
         for name in self.told["shards"]:
-            for key, place in _places(storage.join(folder, name)):
+            for key, place in _places(storage.inside(folder, name)):
                 self._places.setdefault(key, []).append(place)
 
     def of(self, kind: str) -> "Stored":

@@ -4,6 +4,7 @@ A part is three files. `NAME.arrow` holds the clips with their tensors, `NAME.mo
 `NAME.index`, written last, everything but the tensors: a part that has an index is whole.
 """
 
+import errno
 import hashlib
 import json
 import posixpath
@@ -23,11 +24,14 @@ from cil.moments import Moments
 from pipelines import storage
 from pipelines.catalog import PROBLEMS, Catalog, Video
 from pipelines.config import Config
-from pipelines.decoding import DecodePool
+from pipelines.decoding import DecodePool, TooLarge
 from pipelines.models import aesthetics_of, device_of, family_of
 from pipelines.parts import Made
+from pipelines.secrets import redacted
 from pipelines.video import DECODERS, BadVideo, Reason
 from pipelines.views import View, split_of, unit, views_of
+
+MOST = 2**32  # bytes of a video's file, and of its frames that are wanted: 16 of 8K are 1.6 GB
 
 CLIP = pa.schema(
     {
@@ -68,7 +72,7 @@ class PartMaker:
         self.family = family_of(self.config).to(self.device)
         aesthetics = aesthetics_of(self.config)
         self.aesthetics = aesthetics and aesthetics.to(self.device)
-        self.decoders = DecodePool(DECODERS[policy.decoder], policy.decode_seconds, policy.decoders)
+        self.decoders = DecodePool(DECODERS[policy.decoder], policy.decode_seconds, policy.decoders, MOST)
         self.captions: dict[str, dict[str, torch.Tensor]] = {}  # of the part at hand
 
     def __call__(self, plan: dict[str, Any]) -> Made:
@@ -86,7 +90,7 @@ class PartMaker:
             except BadVideo as error:
                 rejects.append(self._reject(video, error.reason, str(error)))
             except OSError as error:
-                problem = " ".join(f"{type(error).__name__}: {error}".split())
+                problem = redacted(" ".join(f"{type(error).__name__}: {error}".split()))
                 if not self.config.cache.accept_transient:  # there will be no part
                     return Made(None, f"{video.videoid}: {problem[:500]}")
                 rejects.append(self._reject(video, "io", problem))
@@ -101,9 +105,17 @@ class PartMaker:
             raise BadVideo(cast(Reason, video.problem), PROBLEMS[video.problem])
         for source in video.sources:
             try:  # to ask first would be a second request
-                return storage.read(source) if video.size < 0 else storage.read_range(source, video.offset, video.size)
+                if video.size < 0:
+                    return storage.read(source, MOST)
+                if video.size > MOST:
+                    raise BadVideo("too_large", f"the tar says {video.size} bytes, and {MOST} are read")
+                return storage.read_range(source, video.offset, video.size)
             except (FileNotFoundError, NotADirectoryError):
                 continue
+            except storage.Unfit as error:
+                raise BadVideo(
+                    "too_large" if error.errno == errno.EFBIG else "not_a_video", str(error.strerror)
+                ) from None
             except IsADirectoryError:
                 raise BadVideo("not_a_video", "a folder has its name") from None
         # Without the folder: a cache has the same bytes wherever its videos lie.
@@ -120,7 +132,10 @@ class PartMaker:
             views[:] = views_of(self.config, video.videoid, count, fps, family.frames)  # the last call counts
             return sorted({0, *(i for view in views for i in view.indices)})
 
-        decoded = self.decoders(data, wanted, family.height, family.width, self.config.cache.crop)
+        try:
+            decoded = self.decoders(data, wanted, family.height, family.width, self.config.cache.crop)
+        except TooLarge as error:
+            raise BadVideo("too_large", str(error)) from None
         clips = [decoded.frames[np.searchsorted(decoded.indices, view.indices)] for view in views]
         clips = [clip.flip(2) if view.flip else clip for clip, view in zip(clips, views, strict=True)]
         if self.device == "cuda":

@@ -26,6 +26,9 @@ def connect() -> None:
     # Never a cluster that somebody else left on this machine, unless RAY_ADDRESS says so.
     address = os.environ.get("RAY_ADDRESS", "local")
     environment = {"env_vars": {"PYTHONPATH": path}}
+    if address == "local":
+        # For this machine alone, as Ray does it on a Mac: else whoever reaches the machine reaches a dozen ports.
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
     data = ray.data.DataContext.get_current()
     data.enable_progress_bars = False

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from types import UnionType
@@ -11,6 +12,8 @@ from pydantic import BaseModel
 
 from pipelines.config import Config, load
 from pipelines.errors import Unfinished, UserError, shown
+from pipelines.secrets import redacted
+from pipelines.storage import Unfit
 
 
 def command(
@@ -46,12 +49,18 @@ def command(
     except Unfinished as error:
         print(f"{name}: {shown(error)}", file=sys.stderr)
         sys.exit(1)
+    except Unfit as error:
+        print(f"{name}: {shown(error)}", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         print(f"{name}: {shown(error)}. If that passes, the same command goes on from here", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+    except Exception:  # a defect of ours, which may quote anything
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+        sys.exit(1)
 
 
 def _keys(sections: tuple[str, ...]) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import unquote, urlsplit
 
 import yaml
 from pydantic import (
@@ -21,11 +20,13 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
 from pipelines.errors import UserError
 from pipelines.explain import explain
+from pipelines.secrets import tells_secret
 
 
 def absolute(uri: str) -> str:
@@ -39,10 +40,11 @@ def absolute(uri: str) -> str:
     return os.path.abspath(uri)
 
 
+LARGEST = 100_000  # values of a configuration
 PUBLISHED = "published"  # stands for the weights that family.weights names
 TAKEN = ("real", "reference", PUBLISHED)
 
-Uri = Annotated[str, AfterValidator(absolute)]
+Uri = Annotated[str, AfterValidator(absolute), WithJsonSchema({"type": "string", "format": "place"})]
 
 
 def _absolute_each(value: Any) -> Any:
@@ -67,8 +69,16 @@ def _once(values: list[int]) -> list[int]:
     return values
 
 
-Uris = Annotated[str | tuple[str, ...], BeforeValidator(_absolute_each)]
-RowOrUri = Annotated[str, AfterValidator(lambda name: absolute(name) if "/" in name else name)]
+Uris = Annotated[
+    str | tuple[str, ...],
+    BeforeValidator(_absolute_each),
+    WithJsonSchema({"type": "string", "format": "place, or list of them"}),
+]
+RowOrUri = Annotated[
+    str,
+    AfterValidator(lambda name: absolute(name) if "/" in name else name),
+    WithJsonSchema({"type": "string", "format": "row or place"}),
+]
 
 
 def inside(region: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
@@ -484,9 +494,9 @@ class ScoreConfig(Section):
 class ClaimConfig(Section):
     """Something the page puts to the test: `row` against `against`, seed by seed."""
 
-    says: str
-    row: str
-    against: str
+    says: str = Field(description="the claim in words, as it stands on the page")
+    row: str = Field(description="a row of the comparison")
+    against: str = Field(description="the row that it is compared with, or real")
     metric: Literal[
         "motion",
         "motion_error",
@@ -505,8 +515,8 @@ class ClaimConfig(Section):
         "frechet",
         "fvd",
         "is",
-    ]
-    expected: Literal["higher", "lower"]
+    ] = Field(description="of the table's metrics (docs/evaluation.md)")
+    expected: Literal["higher", "lower"] = Field(description="what the claim says of row's figure")
 
 
 class CompareConfig(Section):
@@ -683,16 +693,17 @@ def load(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     tree: dict[str, Any] = {}
     if file is not None:
         try:
-            tree = yaml.safe_load(Path(file).read_text()) or {}
+            tree = _yaml(Path(file).read_text()) or {}
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--config {file}: cannot be read ({error})") from None
-        except yaml.YAMLError as error:
-            raise UserError(f"--config {file}: not YAML ({' '.join(str(error).split())})") from None
+        except ValueError as error:
+            raise UserError(f"--config {file}: not YAML ({error})") from None
         if not isinstance(tree, dict):
             raise UserError(f"--config {file}: holds a {type(tree).__name__}; wanted are sections such as `cache:`")
     for override in overrides:
         keys, value = _parse(override)
         tree = _replace(tree, keys, value)
+    _refuse_secrets(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -765,11 +776,6 @@ def _check(config: Config) -> None:
     if (config.finetune.validate_every or 0) % config.finetune.checkpoint_every:
         wanted = f"a multiple of checkpoint_every={config.finetune.checkpoint_every}, or none is known to be the best"
         raise UserError(f"finetune.validate_every={config.finetune.validate_every}: {wanted}")
-    if config.tracking.uri and _tells_secret(config.tracking.uri):
-        raise UserError(
-            "tracking.uri holds a password: give it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
-            "a token in MLFLOW_TRACKING_TOKEN, the password of a PostgreSQL in PGPASSWORD"
-        )
     if config.shapes.min_speed > config.shapes.max_speed:
         raise UserError(f"shapes.min_speed={config.shapes.min_speed}: at most max_speed={config.shapes.max_speed}")
     for generated in config.evaluation_rows().values():
@@ -793,23 +799,53 @@ def _check(config: Config) -> None:
                 raise UserError(f"compare.claims: {named!r} is not a row; allowed are {', '.join(known)}")
 
 
-def _tells_secret(uri: str) -> bool:
-    """A user, as some take a token for a name, or a password by whatever name in what stands behind ? or #."""
-    parts = urlsplit(uri)
-    asked = unquote(f"{parts.query}&{parts.fragment}")
-    return "@" in parts.netloc or bool(
-        re.search(r"(?i)(passw|pwd|token|secret|credential|api.?key|signature)\w*=", asked)
-    )
-
-
 def _parse(override: str) -> tuple[list[str], Any]:
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise UserError(f"{override!r}: overrides are written key=value, for example cache.stride=2")
     try:
-        return key.split("."), yaml.safe_load(text)
-    except yaml.YAMLError:
+        return key.split("."), _yaml(text)
+    except ValueError:
         raise UserError(f"{override!r}: the value is not YAML") from None
+
+
+def _yaml(text: str) -> Any:
+    """Plain values. Whatever else it is, and aliases that make much more of it than it is long, are a ValueError."""
+    try:
+        tree = yaml.safe_load(text)
+        size = _size(tree, {})
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # the second one is of dates and numbers that are none
+        raise ValueError(" ".join(str(error).split())) from None
+    if size > max(LARGEST, len(text)):
+        raise ValueError(f"its aliases make {size} values of {len(text)} letters")
+    return tree
+
+
+def _size(tree: Any, known: dict[int, int]) -> int:
+    """How many values it has when aliases are followed, without following any twice."""
+    if not isinstance(tree, dict | list):
+        return 1
+    if id(tree) not in known:
+        inner = tree.values() if isinstance(tree, dict) else tree
+        known[id(tree)] = 1 + sum(_size(value, known) for value in inner)
+    return known[id(tree)]
+
+
+def _refuse_secrets(tree: Any, place: str = "") -> None:
+    """A configuration stands beside every artifact, and in MLflow."""
+    if isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            _refuse_secrets(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(tree, str) and tells_secret(tree):
+        stead = "S3's keys in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile in AWS_PROFILE"
+        if place.startswith("tracking"):
+            stead = (
+                "it in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a token in MLFLOW_TRACKING_TOKEN, the "
+                "password of a PostgreSQL in PGPASSWORD"
+            )
+        raise UserError(f"{place} holds a password: give {stead}")
 
 
 def _replace(tree: Any, keys: list[str], value: Any) -> Any:

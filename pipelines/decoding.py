@@ -41,6 +41,7 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 from torch import Tensor
 
+from pipelines.secrets import environment_without
 from pipelines.video import BadVideo, Crop, Decoder, fit
 
 Item = TypeVar("Item")
@@ -191,7 +192,7 @@ class _Child:
             [sys.executable, "-c", command],
             stdin=subprocess.DEVNULL,
             pass_fds=handles,
-            env=os.environ | {"PYTHONPATH": path},
+            env=environment_without() | {"PYTHONPATH": path},  # strangers' bytes are decoded there
         )
         theirs.close()
         self._started = False

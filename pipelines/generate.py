@@ -24,7 +24,7 @@ from pipelines.artifact import Artifact, Manifest
 from pipelines.cache import LATEST, Cache, pinned, read_cache, refuse_other_encoder
 from pipelines.config import Config, EvaluationRow, GenerateRowConfig
 from pipelines.errors import UserError, shown
-from pipelines.images import Picture, read_images
+from pipelines.images import PICTURE, Picture, read_images
 from pipelines.initial_noise import read_initial_noise
 from pipelines.models import encoder_of, family_code, family_of, refusing_weights, shape_of
 from pipelines.parts import Made, Part, chunks, make_parts
@@ -43,8 +43,8 @@ TRUE_PER_PART = 32  # true clips, whatever rows are sampled with
 FPS = 8.0  # of an image of which nothing says another
 PROBLEMS = {
     "missing": "there is no such file",
-    "unsafe_name": "neither a path in the table's folder nor s3://",
-    "damaged": "it is a folder, a loop of links, or not to be read",
+    "unsafe_name": "neither a path in the table's folder nor s3://, or it holds a password",
+    "damaged": "it is a folder, a loop of links, a pipe or a device, too large, or not to be read",
 }
 
 
@@ -183,7 +183,7 @@ def initial_noise_of(config: Config, start: str) -> tuple[InitialNoise, str]:
     elif not storage.exists(uri):
         raise UserError(f"generate.initial_noise={uri}: there is nothing")
     else:
-        data = storage.read(uri)
+        data = storage.read(uri, storage.TOLD)
         with refusing_weights(f"generate.initial_noise={uri}"):
             noise = InitialNoise.from_bytes(data)
             noise.check(family.latent_shape, family.name, family.scaling_factor)
@@ -255,7 +255,7 @@ class Sampler:
     def write(self, folder: str, line: dict[str, Any], latents: Tensor) -> None:
         """Decoded one clip at a time: memory does not grow with the part."""
         frames = self.family.decode(latents[None])[0].cpu()
-        storage.write(storage.join(folder, line["file"]), encode(frames, line["fps"]))
+        storage.write(storage.inside(folder, line["file"]), encode(frames, line["fps"]))
 
     # -- what samples begin with: their lines of the index, and what the family has encoded --------------------------
 
@@ -298,7 +298,7 @@ class Sampler:
         """As a clip of one frame is cached."""
         if picture.problem:
             raise BadVideo(cast(Reason, picture.problem), PROBLEMS[picture.problem])
-        data = storage.read(picture.uri)
+        data = storage.read(picture.uri, PICTURE)
         try:
             pixels = read_image(data, self.family.height, self.family.width)
         except ValueError as error:

@@ -22,7 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from pipelines import storage
-from pipelines.errors import UserError
+from pipelines.errors import UserError, shown
+from pipelines.secrets import tells_secret
+from pipelines.tars import LARGEST as CAPTION
 from pipelines.tars import escaped, text
 
 KEY = "generate.images"
@@ -32,7 +34,9 @@ ENDINGS = (
     *(".ppm", ".pgm"),
 )
 TABLES = (".csv", ".parquet")
-UNREADABLE = {errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG}  # a property of this file
+# Each a property of this file; the last two are of storage.Unfit.
+UNREADABLE = {errno.EISDIR, errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EFBIG}
+PICTURE, TABLE = 2**30, 2**28  # bytes of a picture's file, and of a table, also when it is unpacked
 LONGEST = 200  # of an id, as a file's name has 255 bytes at most
 OPTIONAL = ("id", "prompt", "fps", "seed")
 
@@ -55,7 +59,7 @@ def read_images(uri: str) -> list[Picture]:
     """At least one. Each file is read once, as a set of videos is known by what its images hold."""
     try:
         found = _table(uri) if _ending(uri) in TABLES else _folder(uri)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, storage.Unfit) as error:
         expected = "a folder of images, or a .csv or .parquet"
         raise UserError(f"{KEY}={uri}: cannot be read ({error.strerror or error}); expected is {expected}") from None
     with ThreadPoolExecutor(storage.AT_ONCE) as pool:
@@ -70,13 +74,17 @@ def _folder(uri: str) -> list[Picture]:
         raise UserError(f"{KEY}={uri}: has no images ({said}); expected are {', '.join(ENDINGS)}")
     there = set(names)
     if PROMPTS in there:
-        prompts = [line.strip() for line in text(storage.read(storage.join(uri, PROMPTS))).splitlines() if line.strip()]
+        prompts = [
+            line.strip() for line in text(storage.read(storage.join(uri, PROMPTS), TABLE)).splitlines() if line.strip()
+        ]
         if len(prompts) != len(images):
             raise UserError(f"{KEY}={uri}: {len(images)} images and {len(prompts)} lines of {PROMPTS}; one each")
     else:
         files = [f"{posixpath.splitext(name)[0]}.txt" for name in images]
         with ThreadPoolExecutor(storage.AT_ONCE) as pool:
-            texts = pool.map(lambda file: storage.read(storage.join(uri, file)) if file in there else b"", files)
+            texts = pool.map(
+                lambda file: storage.read(storage.join(uri, file), CAPTION) if file in there else b"", files
+            )
             prompts = [text(data) for data in texts]
     return [
         Picture(posixpath.splitext(name)[0], name, storage.join(uri, name), prompt)
@@ -92,7 +100,7 @@ def _table(uri: str) -> list[Picture]:
 
 
 def _csv(uri: str) -> list[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(storage.read(uri).decode("utf-8-sig", errors="replace"), newline=""))
+    reader = csv.DictReader(io.StringIO(storage.read(uri, TABLE).decode("utf-8-sig", errors="replace"), newline=""))
     try:
         columns = list(reader.fieldnames or ())
         rows = list(reader)
@@ -107,13 +115,21 @@ def _csv(uri: str) -> list[dict[str, Any]]:
 
 
 def _parquet(uri: str) -> list[dict[str, Any]]:
+    data = storage.read(uri, TABLE)
     try:
-        table = pa.parquet.read_table(pa.BufferReader(storage.read(uri)))
+        file = pa.parquet.ParquetFile(pa.BufferReader(data))
+        columns = file.schema_arrow.names
+        _refuse_without_images(uri, columns)
+        wanted = [name for name in ("image", *OPTIONAL) if name in columns]
+        rows: list[dict[str, Any]] = []
+        size = 0
+        for batch in file.iter_batches(16, columns=wanted):  # a few bytes can stand for gigabytes
+            size += batch.nbytes
+            if size > TABLE:
+                raise UserError(f"{KEY}={uri}: its columns {', '.join(wanted)} hold more than {TABLE >> 20} MiB")
+            rows += batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{KEY}={uri}: is no parquet file ({' '.join(str(error).split())})") from None
-    _refuse_without_images(uri, table.column_names)
-    wanted = [name for name in ("image", *OPTIONAL) if name in table.column_names]
-    rows: list[dict[str, Any]] = table.select(wanted).to_pylist()
     return rows
 
 
@@ -122,7 +138,8 @@ def _refuse_without_images(uri: str, columns: list[str]) -> None:
         raise UserError(f"{KEY}={uri}: has no column image; found are {', '.join(columns) or 'none'}")
     if others := [name for name in columns if name not in ("image", *OPTIONAL)]:
         print(
-            f"{KEY}: {', '.join(others)} of {posixpath.basename(uri)} are not read, only image, {', '.join(OPTIONAL)}"
+            f"{KEY}: {shown(', '.join(others))} of {shown(posixpath.basename(uri))} are not read, only image, "
+            f"{', '.join(OPTIONAL)}"
         )
 
 
@@ -155,7 +172,7 @@ def _of_row(place: str, folder: str, row: dict[str, Any]) -> Picture:
         prompt=str(row.get("prompt") or ""),
         fps=number("fps", 0.1),
         seed=number("seed", 0, whole=True),
-        problem="unsafe_name" if not remote and (unsafe or "://" in name) else "",
+        problem="unsafe_name" if tells_secret(name) or (not remote and (unsafe or "://" in name)) else "",
     )
 
 
@@ -181,7 +198,7 @@ def _looked_for(picture: Picture) -> Picture:
     if picture.problem:
         return picture
     try:
-        return replace(picture, digest=hashlib.sha256(storage.read(picture.uri)).hexdigest())
+        return replace(picture, digest=hashlib.sha256(storage.read(picture.uri, PICTURE)).hexdigest())
     except (FileNotFoundError, NotADirectoryError):
         return replace(picture, problem="missing")
     except OSError as error:

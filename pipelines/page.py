@@ -196,7 +196,7 @@ def _settings(config: Config, study: Study) -> str:
     for arm in study.arms.values():
         for run in arm.runs.values():
             try:
-                text = storage.read(storage.join(run.data.tags["cil.scores"], "config.json")).decode()
+                text = storage.read(storage.join(run.data.tags["cil.scores"], "config.json"), storage.TOLD).decode()
                 told = Config.model_validate_json(text)  # another file of that name may hold anything
                 found.setdefault(told.model_dump_json(indent=1), []).append(arm.name)
             except (OSError, ValueError, ImportError, KeyError):

@@ -223,7 +223,7 @@ def _losses(config: Config, study: Study) -> dict[str, list[dict[float, float]]]
     for arm in study.arms.values():
         for run in arm.runs.values():
             try:
-                made = json.loads(storage.read(storage.join(run.data.tags["cil.videos"], "manifest.json")))
+                made = storage.read_json(storage.join(run.data.tags["cil.videos"], "manifest.json"), storage.TOLD)
                 known_by = made["identity"]["weights"].rpartition("-")[0]  # behind it: averaged or raw
                 used[known_by] = (arm.weights or arm.name, trained[known_by])
             except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError):

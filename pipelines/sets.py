@@ -84,7 +84,7 @@ def generated(made: Manifest, begun_with: str = "") -> Videos:
         line["from"] = [storage.join(begun_with, image), image] if image else []
     lines.sort(key=lambda line: _hash(line["file"]))
     clips = {line["name"]: line["file"] for line in lines}
-    images = {name: storage.join(made.uri, file) for name, file in clips.items()}
+    images = {name: storage.inside(made.uri, file) for name, file in clips.items()}
     return Videos(made.uri, made.fingerprint, lines, images, clips, made)
 
 
@@ -129,7 +129,8 @@ def _named(key: str, uri: str, files: list[str]) -> dict[str, str]:
     unclear = _shared(files)
     if unclear:
         several = ", ".join(sorted(file for file in files if name_of(file) in unclear)[:4])
-        print(f"scores: {key}={uri}: {len(unclear)} names mean several files each ({several} ...): no pair is guessed")
+        told = f"{len(unclear)} names mean several files each ({shown(several)} ...)"
+        print(f"scores: {key}={uri}: {told}: no pair is guessed")
     names = {name_of(file): file for file in files if name_of(file) not in unclear}
     told = {shown(file): file for file in files}  # as an index names it
     return names | told | {file: file for file in files} | {storage.join(uri, file): file for file in files}

@@ -125,7 +125,7 @@ def _videos(arm: Arm, seed: int | None, notes: list[str]) -> Videos:
     folder = tags.get("cil.videos", "")
     found: Videos = {}
     try:
-        for line in named(storage.read_rows(storage.join(folder, "index.jsonl"))):
+        for line in named(storage.read_rows(storage.join(folder, "index.jsonl"), storage.TOLD)):
             if _is_below(line["file"]):
                 prompt = str(line["caption"] or "") if "caption" in line else None
                 found.setdefault(line["name"], {}).setdefault(
@@ -135,7 +135,7 @@ def _videos(arm: Arm, seed: int | None, notes: list[str]) -> Videos:
     except NOT_OURS:
         pass
     try:  # a set that was made elsewhere
-        for line in storage.read_rows(storage.join(tags["cil.scores"], "scores.jsonl")):
+        for line in storage.read_rows(storage.join(tags["cil.scores"], "scores.jsonl"), storage.TOLD):
             if _is_below(line["file"]) and folder:
                 found[line["name"]] = {None: Video(storage.join(folder, line["file"]), None)}
     except NOT_OURS:
@@ -147,9 +147,7 @@ def _videos(arm: Arm, seed: int | None, notes: list[str]) -> Videos:
 
 def _is_below(file: str) -> bool:
     """A video of the folder: whoever made a run may name any file of ours."""
-    return (
-        file.lower().endswith(VIDEO) and not file.startswith("/") and ".." not in file.split("/") and "://" not in file
-    )
+    return file.lower().endswith(VIDEO) and not storage.leaves(file)
 
 
 def _columns(there: dict[str, Videos]) -> list[Column]:
@@ -187,7 +185,7 @@ def _clip(videos: Videos, column: Column, pool: DecodePool) -> Clip | str:
     if None not in (video.prompt, column.prompt) and video.prompt != column.prompt:
         return "was given another prompt for"
     try:
-        return small(storage.read(video.uri), pool)
+        return small(storage.read(video.uri, storage.TOLD), pool)
     except (BadVideo, *NOT_OURS):
         return "has a video that cannot be read from here of"
 

@@ -1,5 +1,6 @@
 """The one place that reads and writes files: a URI is a local path or s3://bucket/key. Writes are whole or absent."""
 
+import errno
 import fcntl
 import glob as local_glob
 import hashlib
@@ -8,6 +9,7 @@ import os
 import posixpath
 import random
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,9 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pipelines.errors import UserError
+from pipelines.secrets import redacted
 
 # Seconds, not the seven minutes that botocore waits by default for an endpoint that accepts and never answers. Between
 # attempts botocore waits, longer each time.
@@ -25,10 +30,17 @@ S3_LIMITS = {
     "retries": {"total_max_attempts": ATTEMPTS, "mode": "standard"},
     "max_pool_connections": 64,  # of a process, all its threads together; 10 by default
 }
+NO_FILE = "is a pipe, a device or of /proc, and no file"
+NO_FILES = ("/proc/", "/sys/")  # although they are said to be
+TOLD = 2**30  # bytes of a table that a run of somebody else's may name
 AT_ONCE = 16  # requests that keep a store busy
 PATIENCE = 8  # seconds after which what broke off is not asked for again: less than botocore takes for a dead endpoint
 
 T = TypeVar("T")
+
+
+class Unfit(OSError):
+    """No file, or too large a one: to try again would not help."""
 
 
 def is_local(uri: str) -> bool:
@@ -39,6 +51,17 @@ def join(uri: str, *names: str) -> str:
     return posixpath.join(uri, *names)
 
 
+def leaves(name: str) -> bool:
+    """Whether a name that somebody else may have written is none of a file in the folder that it is joined to."""
+    return not name or name.startswith("/") or ".." in name.split("/") or "://" in name or "\0" in name
+
+
+def inside(uri: str, name: str) -> str:
+    if leaves(name):
+        raise UserError(f"{uri}: {name!r} is named as a file in it, and is none: this is not as we wrote it")
+    return posixpath.join(uri, name)
+
+
 def exists(uri: str) -> bool:
     if is_local(uri):
         return os.path.exists(uri)
@@ -46,9 +69,15 @@ def exists(uri: str) -> bool:
         return bool(remote.exists(uri))
 
 
-def read(uri: str) -> bytes:
+def read(uri: str, most: int | None = None) -> bytes:
+    """`most`: bytes that somebody else's file may have; a larger one is Unfit."""
+    if most is not None:
+        data = read_range(uri, 0, most + 1)
+        if len(data) > most:
+            raise Unfit(errno.EFBIG, f"has more than the {most} bytes that are read", uri)
+        return data
     if is_local(uri):
-        return Path(uri).read_bytes()
+        return read_range(uri, 0, -1)
     with _remote(uri) as remote:
         # One request at a time, or it would ask for the size before.
         return _to_its_end(lambda: bytes(remote.cat_file(uri, max_concurrency=1)))
@@ -64,14 +93,36 @@ def read_range(uri: str, offset: int, size: int) -> bytes:
 def ranges(uri: str) -> Iterator[Callable[[int, int], bytes]]:
     """read_range for many ranges of one file, which is opened once."""
     if is_local(uri):
-        with open(uri, "rb", buffering=0) as file:
+        with open_file(uri) as file:
             yield lambda offset, size: _at(file, offset, size)
         return
     with _remote(uri) as remote:
         yield lambda offset, size: _fetched(remote, uri, offset, size)
 
 
+def open_file(path: str) -> FileIO:
+    """To read, if it is one: a pipe may never answer, a device never end, and /proc tells of this process."""
+    try:
+        file = FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device that is not there
+            raise Unfit(errno.EINVAL, NO_FILE, path) from None
+        raise
+    try:
+        kind = os.fstat(file.fileno()).st_mode
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(kind) or os.readlink(f"/proc/self/fd/{file.fileno()}").startswith(NO_FILES):
+            raise Unfit(errno.EINVAL, NO_FILE, path)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
 def _at(file: FileIO, offset: int, size: int) -> bytes:
+    left = max(0, os.fstat(file.fileno()).st_size - offset)
+    size = left if size < 0 else min(size, left)  # Python takes memory for as much as is asked for
     file.seek(offset)
     data = file.read(size) or b""
     while 0 < len(data) < size and (more := file.read(size - len(data))):  # one read gives 2 GiB at most
@@ -154,11 +205,16 @@ def creating(uri: str) -> Iterator[Path]:
 def kept_copy(uri: str) -> Path:
     """A local file or folder with what stands at `uri`: downloaded once for each machine and version."""
     if is_local(uri):
+        if os.path.exists(uri) and not os.path.isdir(uri):
+            open_file(uri).close()
         return Path(uri)
     with _remote(uri) as remote:
         found = remote.find(uri, detail=True)
         if not found:
             raise FileNotFoundError(f"{uri}: there is nothing")
+        root = remote._strip_protocol(uri).rstrip("/")
+        for path in found.keys() - {root}:
+            inside(uri, path.removeprefix(f"{root}/"))  # a key may be anything, and becomes a path here
         version = repr(sorted((path, info.get("size"), info.get("ETag")) for path, info in found.items()))
         cache = _cache()
         kept = cache / hashlib.sha256(version.encode()).hexdigest()[:16] / posixpath.basename(uri.rstrip("/"))
@@ -191,9 +247,20 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "cil")
 
 
-def read_rows(uri: str) -> list[dict[str, Any]]:
+def read_json(uri: str, most: int | None = None) -> Any:
+    return _parsed(read(uri, most))
+
+
+def read_rows(uri: str, most: int | None = None) -> list[dict[str, Any]]:
     """A small table: JSON lines."""
-    return [json.loads(line) for line in read(uri).splitlines()]
+    return [_parsed(line) for line in read(uri, most).splitlines()]
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_rows(uri: str, rows: list[dict[str, Any]]) -> None:
@@ -282,16 +349,18 @@ def _to_its_end(fetch: Callable[[], T]) -> T:
 @contextmanager
 def _remote(uri: str) -> Iterator[Any]:
     """An fsspec filesystem, imported only where one is needed. What goes wrong is an OSError, as on a disk."""
+    if not uri.startswith("s3://"):  # what a run of somebody else's names may be of any protocol that fsspec knows
+        raise Unfit(errno.EINVAL, "neither a local path nor s3://", uri)
     import fsspec
     from aiohttp import ClientError
     from botocore.exceptions import BotoCoreError
 
     # No cache of listings: other workers write beside us.
-    filesystem = fsspec.filesystem(uri.split("://")[0], config_kwargs=S3_LIMITS, use_listings_cache=False)
+    filesystem = fsspec.filesystem("s3", config_kwargs=S3_LIMITS, use_listings_cache=False)
     filesystem.retries = 1  # botocore tries again by itself
     try:
         yield filesystem
     except TimeoutError as error:  # fsspec's says nothing
         raise TimeoutError(f"{uri}: {error or 'an answer stopped in its middle'}") from error
     except (BotoCoreError, ClientError) as error:
-        raise OSError(f"{uri}: {error}") from error
+        raise OSError(redacted(f"{uri}: {error}")) from error  # it quotes the endpoint's address

@@ -4,7 +4,6 @@ By default the runs are those of the configuration's rows. With `compare.experim
 they come from MLflow by themselves, whoever made them, and form rows by what they say of themselves.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -439,7 +438,7 @@ def _without_seed(name: str, key: str | None, seed: int) -> str:
 def _yardstick(run: Any) -> str:
     """What stands for the true clips that its scores are measured against."""
     try:
-        manifest = json.loads(storage.read(storage.join(run.data.tags["cil.scores"], "manifest.json")))
+        manifest = storage.read_json(storage.join(run.data.tags["cil.scores"], "manifest.json"), storage.TOLD)
         return str(manifest["identity"]["real"])
     except (OSError, ValueError, ImportError, KeyError, TypeError):  # it is not ours, or is not here
         return str(run.info.experiment_id)
@@ -453,7 +452,7 @@ def _videos(run: Any, notes: list[str]) -> list[dict[str, Any]]:
         notes.append(f"{run.info.run_name}: names no scores of single videos; {lacks}.")
         return []
     try:
-        lines = storage.read_rows(storage.join(folder, "scores.jsonl"))
+        lines = storage.read_rows(storage.join(folder, "scores.jsonl"), storage.TOLD)
         kept = [{k: v for k, v in line.items() if isinstance(v, int | float)} for line in lines]  # not its features
         return [
             scores | {"clip_id": line.get("name", line["clip_id"])} for scores, line in zip(kept, lines, strict=True)

@@ -9,6 +9,7 @@ of all rows.
 import csv
 import io
 import itertools
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -191,7 +192,7 @@ def markdown(study: Study, columns: list[Column], verdicts: list[Verdict]) -> st
     for arm in study.arms.values():
         cells = [column.cells[arm.name] for column in columns]
         figures = [f"**{cell}**" if cell.mark == "best" else str(cell) for cell in cells]
-        rows.append([arm.name.replace("|", "\\|"), str(len(arm.runs)), *figures])
+        rows.append([_no_markup(arm.name), str(len(arm.runs)), *figures])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
@@ -206,12 +207,21 @@ def as_csv(study: Study, columns: list[Column]) -> str:
     target = io.StringIO()
     writer = csv.writer(target, lineterminator="\n")
     four = [(c.name, f"{c.name}_low", f"{c.name}_high", f"{c.name}_mark") for c in columns]
-    writer.writerow(["row", "seeds", *itertools.chain(*four)])
+    writer.writerow(["row", "seeds", *map(_no_formula, itertools.chain(*four))])
     for arm in study.arms.values():
-        line: list[object] = [arm.name, len(arm.runs)]
+        line: list[object] = [_no_formula(arm.name), len(arm.runs)]
         for column in columns:
             cell = column.cells[arm.name]
             line += [cell.estimate.mean, cell.estimate.low, cell.estimate.high] if cell.estimate else [None] * 3
             line.append(cell.mark)
         writer.writerow(line)
     return target.getvalue()
+
+
+def _no_markup(name: str) -> str:
+    return re.sub(r"[|<`]|\](?=\()", r"\\\g<0>", name)
+
+
+def _no_formula(name: str) -> str:
+    """A spreadsheet runs what begins so, and whoever logs a run names it."""
+    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name

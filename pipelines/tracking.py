@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from pipelines import artifact, storage
 from pipelines.artifact import Artifact
 from pipelines.config import Config
-from pipelines.errors import Unfinished, UserError
+from pipelines.errors import Unfinished, UserError, shown
 
 
 def store_uri(config: Config) -> str:
@@ -225,7 +225,7 @@ def _now() -> int:
 
 
 def _one_line(error: Exception) -> str:
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+    return textwrap.shorten(shown(f"{type(error).__name__}: {error}"), 300, placeholder=" ...")
 
 
 def refuse_unreachable(config: Config) -> None:
@@ -268,8 +268,11 @@ def _away(error: Exception) -> bool:
 
 def _refuse_silent(config: Config) -> None:
     """A server, or a database, that nobody runs."""
-    parts = urlsplit(store_uri(config))
-    port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
+    try:
+        parts = urlsplit(store_uri(config))
+        port = parts.port or PORTS.get(parts.scheme.partition("+")[0])
+    except ValueError as error:
+        raise UserError(f"tracking.uri={config.tracking.uri}: is no address ({error})") from None
     _be_brief()
     if not parts.hostname or not port:
         return

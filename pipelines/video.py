@@ -31,6 +31,7 @@ Reason = Literal[
     "damaged",  # frames that are wanted cannot be decoded whole
     "hung",  # decoding took longer than the limit, and in another process than twice that
     "decoder_died",  # decoding crashed its process twice, or took more memory than there is
+    "too_large",  # its file, or the frames that are wanted of it, have more bytes than a worker takes
     "too_short",  # fewer frames than a clip spans
     "not_finite",  # the encoder gave NaN or inf
     "no_frame_rate",  # unknown, and cache.fps asks for one

@@ -272,10 +272,10 @@ def test_videos_that_fail_for_passing_reasons_keep_a_snapshot_unfinished_until_t
     real = storage.read
     failing = f"{ids['c2']}.mp4"
 
-    def read(uri: str) -> bytes:
+    def read(uri: str, *most: int) -> bytes:
         if uri.endswith(failing):
             raise OSError("the disk is away")
-        return real(uri)
+        return real(uri, *most)
 
     monkeypatch.setattr(clips.storage, "read", read)
     with pytest.raises(Unfinished, match=f"1 parts wait.*{ids['c2']}: OSError: the disk is away.*accept_transient"):

@@ -84,11 +84,11 @@ def when_read(monkeypatch, ids) -> Callable[..., None]:
     real = storage.read
 
     def wanted(**does: Callable[[], None]) -> None:
-        def read(uri: str) -> bytes:
+        def read(uri: str, *most: int) -> bytes:
             for name, do in does.items():
                 if uri.endswith(f"/{ids[name]}.mp4"):
                     do()
-            return real(uri)
+            return real(uri, *most)
 
         monkeypatch.setattr(clips.storage, "read", read)
 
