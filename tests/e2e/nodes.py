@@ -86,16 +86,19 @@ def cluster_environment(home: Path, machine: Machine) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def first_node(machine: Machine, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
-    """The one that the cluster begins with."""
-    folder = tempfile.mkdtemp(prefix="ray")  # short: Ray's sockets stand in it
+def first_node(
+    machine: Machine, environment: dict[str, str], *options: str, folder: str = ""
+) -> Iterator[subprocess.Popen]:
+    """The one that the cluster begins with. `folder`: of another one's life, in whose place it comes."""
+    made = folder or tempfile.mkdtemp(prefix="ray")  # short: Ray's sockets stand in it
     port = environment["RAY_ADDRESS"].split(":")[1]
-    options = ("--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false")
+    head = ("--head", f"--port={port}", f"--temp-dir={made}", "--include-dashboard=false")
     try:
-        with _node(machine, environment, *options) as process:
+        with _node(machine, environment, *head, *options) as process:
             yield process
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if not folder:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 @contextlib.contextmanager
