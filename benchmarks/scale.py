@@ -21,7 +21,7 @@ from cil.flops import BACKWARD, PEAKS
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, PLOT = ROOT / "benchmarks/results.md", ROOT / "docs/scale.md", ROOT / "docs/scale.png"
 CARD, CARDS_A_NODE = "H100", 8
-GPUS = (8, 16, 32, 64, 128, 256, 512)
+GPUS = (8, 32, 128, 256, 512)
 GB, GIB, HOUR = 1e9, 2**30, 3600.0
 
 
@@ -51,6 +51,7 @@ def known() -> dict[str, Known]:
         "copying a checkpoint": measured("checkpoint of 537 MB to 50 MB/s: standing still", "s for 537 MB"),
         "reading clips": measured("read: S3 + 30 ms, 10 million clips: 50 MB/s", "MB/s a rank"),
         "bytes of a video": Known(2e6, "bytes", "as `storage: boto3's get_object` reads them"),
+        "bytes of a row": Known(278, "bytes", "of the catalog in memory, `Table.nbytes` of benchmarks.catalog's csv"),
         "bytes of a clip": Known(635_904, "bytes", "docs/cache.md, DynamiCrafter at 16 x 320 x 512"),
         "encoding": Known(16 * 0.68985847808e12, "FLOP a clip", f"{counted}: the VAE's encoder, 16 frames"),
         "a forward pass": Known(12.6028333056e12, "FLOP a clip", f"{counted}: DynamiCrafter's UNet"),
@@ -174,6 +175,7 @@ class Outcome(NamedTuple):
         return self.planning + self.making + self.finishing
 
 
+@cache
 def simulate(build: Build) -> Outcome:
     able = stations(build)
     full, rest = divmod(build.clips, build.videos_per_part)
@@ -253,7 +255,7 @@ WEBVID, LARGE = 10_700_000, 100_000_000
 
 def builds(clips: int, prefixes: int = 1) -> list[Build]:
     """Of ten times the clips parts are larger, or their names and digests would be a large file."""
-    return [Build(clips, gpus, prefixes, 300 if clips < LARGE else 1000) for gpus in GPUS]
+    return [Build(clips, gpus, prefixes, 300 if clips < LARGE else 3000) for gpus in GPUS]
 
 
 def rates_table() -> str:
@@ -264,8 +266,10 @@ def rates_table() -> str:
 def builds_table(clips: int) -> str:
     rows = []
     for build in builds(clips):
-        told, apart = simulate(build), replace(build, prefixes=16)
-        spread = simulate(apart)
+        told, apart, better = simulate(build), replace(build, prefixes=16), "the same"
+        if bottleneck(build) == "S3 GETs":
+            spread = simulate(apart)
+            better = f"{_hours(spread.seconds)} h, ${dollars(apart, spread.seconds):,.0f}, limit: {bottleneck(apart)}"
         pace = build.clips / told.making
         rows.append(
             [
@@ -280,11 +284,19 @@ def builds_table(clips: int) -> str:
                 f"{pace / build.videos_per_part:.1f}",
                 bottleneck(build),
                 f"${dollars(build, told.seconds):,.0f}",
-                f"{_hours(spread.seconds)}, {bottleneck(apart)}, ${dollars(apart, spread.seconds):,.0f}",
+                better,
             ]
         )
-    heads = ["GPUs", "nodes + head", "h of workers", "h of the driver alone", "GPUs busy", "clips/s = GETs/s", "GB/s in"]
-    heads += ["PUTs/s", "parts/s of the driver", "limit", "cost", "the same from 16 prefixes"]
+    heads = [
+        "GPUs",
+        "nodes + head",
+        "h of workers",
+        "h of the driver alone",
+        "GPUs busy",
+        "clips/s = GETs/s",
+        "GB/s in",
+    ]
+    heads += ["PUTs/s", "parts/s of the driver", "limit", "cost", "from 16 prefixes"]
     return _table(heads, rows)
 
 
@@ -296,16 +308,20 @@ def bytes_table() -> str:
         month = cells[1] * 1000 * rate("a GB, a month")
         sizes = [f"{cells[0]:,.0f}", f"{cells[1]:,.1f}", f"${month:,.0f}", f"{one.parts:,}", f"{FILES * one.parts:,}"]
         objects = [f"{max(GPUS):,}", f"{2 * one.parts:,}", f"{head_memory(clips) / GIB:,.0f}"]
+        objects.append(f"{clips * rate('bytes of a row') / GIB:,.0f}")
         cores = clips * (1 / rate("decoding") + rate("scores") / 1000) / HOUR
         rows.append([name, f"{clips:,}", *sizes, *objects, f"{cores:,.0f}"])
     heads = ["", "clips", "TB read", "TB kept", "a month", "parts", "files", "actors, at most", "objects of the driver"]
-    return _table([*heads, "GiB of the driver", "core-hours of decoding"], rows)
+    heads += ["GiB of the driver", "GiB of each node's object store", "core-hours of decoding"]
+    return _table(heads, rows)
 
 
 def limits_table() -> str:
     one = builds(WEBVID)[-1]
     found = reached(one)
-    rows = [[name, f"{stations(one)[name]:,.0f}", f"{found[name]:,.0f}"] for name in sorted(found, key=found.__getitem__)]
+    rows = [
+        [name, f"{stations(one)[name]:,.0f}", f"{found[name]:,.0f}"] for name in sorted(found, key=found.__getitem__)
+    ]
     return _table(["shared by all workers", "clips/s", "is the limit from so many GPUs on"], rows)
 
 
@@ -332,7 +348,16 @@ def training_table() -> str:
                 f"${1_280_000 / pace / HOUR * gpus * rate('a GPU, an hour'):,.0f}",
             ]
         )
-    heads = ["GPUs", "batch", "s a step", "of it computing", "clips/s", "GETs/s", "h for 1.28M clips", "h for WebVid-10M"]
+    heads = [
+        "GPUs",
+        "batch",
+        "s a step",
+        "of it computing",
+        "clips/s",
+        "GETs/s",
+        "h for 1.28M clips",
+        "h for WebVid-10M",
+    ]
     heads += ["s a checkpoint holds up", "s until it is whole", "points/s to MLflow", "limit", "cost of 1.28M clips"]
     return _table(heads, rows)
 
@@ -364,7 +389,9 @@ def draw() -> None:
     for clips, colour, name in ((WEBVID, "C0", "10.7M clips"), (LARGE, "C1", "100M clips")):
         for prefixes, line in ((1, "-"), (16, "--")):
             hours = [simulate(build).seconds / HOUR for build in builds(clips, prefixes)]
-            axes.plot(GPUS, hours, line, color=colour, marker="o", label=f"{name}, {prefixes} prefix{'es' * (prefixes > 1)}")
+            axes.plot(
+                GPUS, hours, line, color=colour, marker="o", label=f"{name}, {prefixes} prefix{'es' * (prefixes > 1)}"
+            )
         ideal = [clips / stations(build)["GPUs"] / HOUR for build in builds(clips)]
         axes.plot(GPUS, ideal, ":", color=colour, label=f"{name}, GPUs always busy")
     axes.set_xscale("log", base=2)

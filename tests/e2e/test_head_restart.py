@@ -37,7 +37,18 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
 def redis(machines, tmp_path) -> Iterator[str]:
     """The address of one beside the head, which outlives it."""
     port = free_port()
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--requirepass", PASSWORD, "--save", "", "--appendonly", "no"]
+    options = [
+        "--port",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--requirepass",
+        PASSWORD,
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+    ]
     command = [*machines[0].inside, "redis-server", *options, "--dir", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
