@@ -418,7 +418,11 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-if __name__ == "__main__":
+def write() -> None:
     PAGE.write_text(filled(PAGE.read_text()))
     draw()
     print(f"{PAGE}, {PLOT}")
+
+
+if __name__ == "__main__":
+    write()
