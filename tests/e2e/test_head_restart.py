@@ -6,8 +6,6 @@ does it.
 """
 
 import contextlib
-import time
-import traceback
 import os
 import secrets
 import shutil
@@ -83,79 +81,24 @@ def parts(out: Path) -> dict[str, int]:
     return {file.name: file.stat().st_ino for file in out.glob("cache/parts/*.index")}
 
 
-
-T0 = time.monotonic()
-
-
-def say(*what):
-    with open("/tmp/s4/scale/exp.log", "a") as log:
-        print(f"{time.monotonic() - T0:6.1f}", *what, file=log, flush=True)
-
-
-def test_experiment(machines, environment, folder, tmp_path):
-    say("=== begin")
+def test_a_lost_head_costs_a_driver_elsewhere_nothing_and_its_own_driver_the_same_command_again(
+    machines, environment, folder, tmp_path
+):
     (videos := tmp_path / "videos").mkdir()
     arguments = [*of_small_videos(videos, 60), "cache.videos_per_part=3"]
+    outs = {name: tmp_path / name for name in ("quiet", "elsewhere", "on the head")}
     with contextlib.ExitStack() as stack:
-        def start(where=folder):
-            try:
-                node = stack.enter_context(head(machines, environment, where))
-                say("head started", where)
-                return node
-            except BaseException as error:
-                say("head did not start", str(error)[-3000:])
-                raise
-
-        def build(name, machine):
-            return stack.enter_context(
-                begun("build_cache", *arguments, f"out={tmp_path}/{name}", inside=machine.inside, **environment)
-            )
-
-        def wait(job, seconds):
-            try:
-                out, error = job.communicate(timeout=seconds)
-                say("job", job.returncode, "OUT", out[-1500:], "ERR", error[-2500:])
-            except subprocess.TimeoutExpired:
-                say("job still running after", seconds)
-
-        try:
-            first = start()
-            second = stack.enter_context(another_node(machines[1], environment))
-            say("second started")
-            job = build("one", machines[1])
-            until(lambda: len(parts(tmp_path / "one")) > 2, 90)
-            say("parts", len(parts(tmp_path / "one")))
-            for worker in [p for n in (first, second) for p in __import__("test_cache_faults").below(n, "MapWorker")]:
-                say("worker", worker.pid)
+        first = stack.enter_context(head(machines, environment, folder))
+        second = stack.enter_context(another_node(machines[1], environment))
+        of = lambda name, machine: begun(  # noqa: E731
+            "build_cache", *arguments, f"out={outs[name]}", inside=machine.inside, **environment
+        )
+        elsewhere = stack.enter_context(of("elsewhere", machines[1]))
+        with held(first):
+            until(lambda: len(parts(outs["elsewhere"])) > 2, 120)
             end(first.pid)
-            say("head killed; parts", len(parts(tmp_path / "one")))
-            time.sleep(2)
-            say("parts", len(parts(tmp_path / "one")), "job", job.poll(), "second", second.poll())
-            try:
-                first = start()
-            except BaseException:
-                first = start(tempfile.mkdtemp(prefix="ray"))
-            say("parts", len(parts(tmp_path / "one")), "job", job.poll(), "second", second.poll())
-            wait(job, 45)
-            say("parts", len(parts(tmp_path / "one")), "job", job.poll(), "second", second.poll())
-            end(job.pid)
-            say("--- driver on the head; only the gcs killed")
-            job = build("two", machines[0])
-            until(lambda: len(parts(tmp_path / "two")) > 2, 60)
-            (gcs,) = __import__("test_cache_faults").below(first, "gcs_server --")
-            say("gcs", " ".join(gcs.cmdline())[:3000])
-            gcs.kill()
-            for _ in range(8):
-                time.sleep(1)
-                say("parts", len(parts(tmp_path / "two")), "job", job.poll(), "head", first.poll(), "second", second.poll())
-            wait(job, 5)
-            end(job.pid)
-            end(first.pid)
-            first = start()
-            job = build("two", machines[0])
-            wait(job, 60)
-        except BaseException:
-            say(traceback.format_exc()[-3000:])
-        say("second", second.poll())
-        end(second.pid)
-        say(second.stdout.read()[-2000:])
+            before = parts(outs["elsewhere"])
+        again = stack.enter_context(head(machines, environment, folder))
+        assert elsewhere.poll() is None
+        finished(elsewhere, 120)
+        assert before.items() <= parts(outs["elsewhere"]).items()
