@@ -78,7 +78,7 @@ def write_csv(folder: Path, rows: int) -> None:
         file.write("videoid,contentUrl,duration,page_dir,name\n")
         for row in range(rows):
             known, page = 1_000_000 + 7 * row, f"{row // 1000:06d}_{row // 1000 + 1:06d}"
-            file.write(f"{known},{address.format(known)},PT00H00M{row % 60:02d}S,{page},{caption.format(row)!a}\n")
+            file.write(f'{known},{address.format(known)},PT00H00M{row % 60:02d}S,{page},"{caption.format(row)}"\n')
 
 
 def write_parts(config: Config, left: int = 0) -> Catalog:
