@@ -15,10 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import benchmarks
+from benchmarks import scale
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
-APART = {"__main__", "endpoint", "random_cache", "parity"}  # parity compares figures, not speed
+APART = {"__main__", "endpoint", "random_cache", "parity", "scale"}  # parity compares figures, not speed
 SOFTWARE = ("torch", "ray", "deepspeed", "av", "decord")
 
 
@@ -48,6 +49,7 @@ def run() -> int:
         table = benchmarks.table(merged(rows, (FOLDER / "results.md").read_text()))
         (FOLDER / "results.md").write_text(_page(table))
         README.write_text(TABLE.sub(lambda _: table + "\n", README.read_text()))
+        scale.write()  # which computes with them
     return len(failed) > 0
 
 

@@ -317,7 +317,7 @@ def _finish(folder: Artifact, snapshot: Artifact, catalog: Catalog, plan: pa.Tab
             "row": pa.array(range(len(table)), pa.int32()),
         }
         tables.append(pa.table({**dict(zip(table.column_names, table.columns, strict=True)), **numbered}))
-    index = pa.concat_tables(tables).sort_by("clip_id")
+    index = _sorted(tables)
     index = index.append_column("drawn_split", index["split"])
     index = index.set_column(index.column_names.index("split"), "split", _split_together(index))
     if len(index) and len(index["clip_id"].unique()) != len(index):
@@ -326,18 +326,40 @@ def _finish(folder: Artifact, snapshot: Artifact, catalog: Catalog, plan: pa.Tab
     clips, rejected = len(index), sum(reject["clips"] for reject in rejects)
     if clips + rejected != planned:
         raise AssertionError(f"{snapshot.uri}: {planned} clips planned, but {clips} made and {rejected} rejected")
-    files: dict[str, bytes | bytearray] = {INDEX: to_ipc(index), REJECTS: storage.to_rows(rejects)}
-    for name, data in files.items():
-        storage.write(snapshot.path(name), data)
-    files[PLAN] = storage.read(snapshot.path(PLAN))
+    digests = {INDEX: _written(snapshot.path(INDEX), index)}
+    files = {REJECTS: storage.to_rows(rejects), PLAN: storage.read(snapshot.path(PLAN))}
+    storage.write(snapshot.path(REJECTS), files[REJECTS])
+    digests |= {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     counts = {"planned": planned, "clips": clips, "rejected": rejected, "rejected_videos": len(rejects)}
     counts["bytes"] = sum(part["bytes"] for part in parts)
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     snapshot.finish(counts, parts=parts, files=digests)
     shown = ", ".join(f"{n} {reason}" for reason, n in Counter(r["reason"] for r in rejects).most_common())
     print(
         f"{KIND}: {clips} clips in {len(parts)} parts; {len(rejects)} videos rejected{f' ({shown})' if shown else ''}"
     )
+
+
+def _sorted(tables: list[pa.Table]) -> pa.Table:
+    """What the parts' indexes hold, by clip_id, a column at a time. Of strings an Arrow array has 2 GiB at most, and of
+    large ones any number.
+    """
+    table = pa.concat_tables(tables)
+    tables.clear()
+    order = pc.sort_indices(table["clip_id"])
+    columns = {}
+    for name in table.column_names:
+        column = table[name].cast(pa.large_string()) if pa.types.is_string(table[name].type) else table[name]
+        columns[name] = pc.take(column.combine_chunks(), order)
+    return pa.table(columns)
+
+
+def _written(uri: str, table: pa.Table) -> str:
+    """Straight into a file, as it is too large to stand in memory once more; answers the digest."""
+    with storage.creating(uri) as path:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _split_together(index: pa.Table) -> pa.Array:

@@ -116,10 +116,14 @@ class Catalog:
 
     def with_sources(self, rejects: list[dict[str, Any]], rows: np.ndarray) -> list[dict[str, Any]]:
         """Rejects of these rows, each with where its file may stand, or what names it so, wherever the roots are."""
+        if not rejects:
+            return []
+        wanted = pa.array({reject["videoid"] for reject in rejects}, pa.large_string())
+        rows = rows[pc.is_in(self.table["videoid"].take(rows), wanted).to_numpy()]  # few of them
         chosen = replace(self, table=self.table.take(rows))
         found: defaultdict[tuple[str, str], deque[str]] = defaultdict(deque)
         named = zip(chosen.videos(0, len(rows)), *(chosen.table[name].to_pylist() for name in WHERE), strict=True)
-        for video, *where in named if rejects else ():
+        for video, *where in named:
             said = self._named_by(video, *where) if video.problem else self._may_stand(video, *where)
             found[video.videoid, video.problem].append(shown(said))
         told = []

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from test_cache_faults import below, end, until
+from test_cache_faults import ROOT, below, end, until
 from test_submit import BIN, free_port
 
 from pipelines.video import encode
@@ -86,33 +86,41 @@ def cluster_environment(home: Path, machine: Machine) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def first_node(machine: Machine, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+def first_node(
+    machine: Machine, environment: dict[str, str], *options: str, apart: bool = False
+) -> Iterator[subprocess.Popen]:
     """The one that the cluster begins with."""
     folder = tempfile.mkdtemp(prefix="ray")  # short: Ray's sockets stand in it
     port = environment["RAY_ADDRESS"].split(":")[1]
-    options = ("--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false")
+    head = ("--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false")
     try:
-        with _node(machine, environment, *options) as process:
+        with _node(machine, environment, *head, *options, apart=apart) as process:
             yield process
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def another_node(machine: Machine, environment: dict[str, str], hidden: str = "") -> Iterator[subprocess.Popen]:
+def another_node(
+    machine: Machine, environment: dict[str, str], hidden: str = "", apart: bool = False
+) -> Iterator[subprocess.Popen]:
     """`hidden`: a folder which it sees empty."""
-    with _node(machine, environment, f"--address={environment['RAY_ADDRESS']}", hidden=hidden) as process:
+    with _node(machine, environment, f"--address={environment['RAY_ADDRESS']}", hidden=hidden, apart=apart) as process:
         yield process
 
 
 @contextlib.contextmanager
-def _node(machine: Machine, environment: dict[str, str], *options: str, hidden: str = "") -> Iterator[subprocess.Popen]:
-    """With one CPU."""
+def _node(
+    machine: Machine, environment: dict[str, str], *options: str, hidden: str = "", apart: bool = False
+) -> Iterator[subprocess.Popen]:
+    """With one CPU. `apart`: neither sees the processes of the other, as on machines of their own; see `on`."""
     command = [str(BIN / "ray"), "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
     command += [f"--node-ip-address={machine.address}", f"--dashboard-agent-listen-port={free_port()}"]
     if hidden:
         mount = 'mount -t tmpfs none "$0" && exec "$@"'
         command = ["unshare", "--mount", "sh", "-c", mount, hidden, *command]
+    if apart:
+        command = ["unshare", "--pid", "--fork", "--mount-proc", *command]
     process = subprocess.Popen(
         [*machine.inside, *command, *options],
         env=environment,
@@ -133,6 +141,12 @@ def _node(machine: Machine, environment: dict[str, str], *options: str, hidden: 
     finally:
         end(process.pid)
         process.wait()
+
+
+def on(node: subprocess.Popen) -> list[str]:
+    """What stands before a command that is to run on that node, which is `apart`, and to end when it is lost."""
+    (first,) = psutil.Process(node.pid).children()
+    return ["nsenter", f"--target={first.pid}", "--net", "--mount", "--pid", f"--wd={ROOT}"]
 
 
 @contextlib.contextmanager

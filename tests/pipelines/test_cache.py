@@ -218,3 +218,9 @@ def test_videos_that_are_missing_are_rejects_where_one_is_there_or_some_are_made
     (tmp_path / "2999.mp4").unlink()
     made[7] = True  # whoever has made a cache may remove its videos
     refuse_lost(catalog, made)
+
+
+def test_captions_of_an_index_may_be_more_than_the_two_gib_that_an_array_of_strings_holds(made):
+    index = made().index()
+    assert {index.schema.field(name).type for name in ("clip_id", "caption", "split")} == {pa.large_string()}
+    assert index.column("caption").num_chunks == 1
