@@ -225,7 +225,8 @@ def _now() -> int:
 
 
 def _one_line(error: Exception) -> str:
-    return textwrap.shorten(shown(f"{type(error).__name__}: {error}"), 300, placeholder=" ...")
+    told = " ".join(f"{type(error).__name__}: {error}".split())
+    return textwrap.shorten(shown(told), 300, placeholder=" ...")
 
 
 def refuse_unreachable(config: Config) -> None:
