@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 import uuid
 from collections.abc import Iterable
 
@@ -26,7 +28,10 @@ def connect() -> None:
     # Never a cluster that somebody else left on this machine, unless RAY_ADDRESS says so.
     address = os.environ.get("RAY_ADDRESS", "local")
     environment = {"env_vars": {"PYTHONPATH": path}}
+    stopped = signal.getsignal(signal.SIGTERM)
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stopped or signal.SIG_DFL)  # Ray puts its own there
     data = ray.data.DataContext.get_current()
     data.enable_progress_bars = False
     data.print_on_execution_start = False

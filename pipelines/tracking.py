@@ -229,7 +229,7 @@ def _one_line(error: Exception) -> str:
 
 def refuse_unreachable(config: Config) -> None:
     """In seconds, where MLflow's own client tries for minutes."""
-    if _refuse_silent(config):
+    if refuse_silent(config):
         from mlflow.exceptions import MlflowException
 
         try:
@@ -260,7 +260,7 @@ def _away(error: Exception) -> bool:
     return isinstance(error.__cause__ or error.__context__, OSError)
 
 
-def _refuse_silent(config: Config) -> bool:
+def refuse_silent(config: Config) -> bool:
     """Whether it is a server; one that nobody runs is refused."""
     parts = urlsplit(store_uri(config))
     if parts.scheme not in ("http", "https"):
@@ -368,5 +368,5 @@ def _existing(config: Config) -> Any:
     file = uri.removeprefix("sqlite:///")
     if file != uri and not storage.exists(file):
         raise UserError(f"{uri}: there is no such tracking store; name it in tracking.uri")
-    _refuse_silent(config)
+    refuse_silent(config)
     return MlflowClient(uri)
