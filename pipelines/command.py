@@ -42,7 +42,7 @@ def command(
         told = f"short for {' '.join(overrides)}".replace("%", "%%")
         parser.add_argument(flag, dest="flags", action="append_const", const=overrides, help=told)
     parser.add_argument("--check", action="store_true", help="only check the configuration, and print it whole")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # flags may stand between keys
     with ending(name):
         config = load(arguments.config, [*chain(*getattr(arguments, "flags", None) or []), *arguments.overrides])
         if arguments.check:
@@ -82,7 +82,7 @@ def end(code: int, said: str) -> NoReturn:
 
 
 STOPPED = 128 + signal.SIGTERM
-GRACE = 2.0  # seconds from SIGTERM to the end: `ray job stop` kills after 3
+GRACE = 1.5  # seconds from SIGTERM to the end: `ray job stop` kills after 3
 
 
 class Stopped(BaseException):
@@ -90,8 +90,8 @@ class Stopped(BaseException):
 
 
 class _Stop:
-    """SIGTERM unwinds the job as Ctrl-C does. If that takes too long, a thread ends it: nothing is lost by that, as what
-    a job has made is whole at any moment.
+    """SIGTERM unwinds the job as Ctrl-C does. If that takes too long, a thread ends it, and nothing is lost: what a job
+    has made is whole at any moment.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Checks of a cluster before hours are spent on it: every node is asked (pipelines/node.py), and its answers are judged.
+"""Checks of a cluster before hours are spent on it: every node is asked (pipelines/node.py), and its answers judged.
 
 A check ends in lines: good, warning or failed, with what to do. One that crashes or hangs is a failed line.
 """
