@@ -355,11 +355,13 @@ def _far(config: Config) -> list[str]:
 
 def weights(config: Config) -> Iterator[Finding]:
     """By the readers of the jobs, which map a file into memory: names and shapes are read, and little more."""
+    from cil.checkpoints import compare
+    from pipelines.memory import network_of
     from pipelines.models import family_of, refusing_weights
     from pipelines.weights import is_ours, read_weights
 
     rows = {row.settings.weights for row in config.training_rows().values()}
-    rows |= {row.settings.weights for row in config.arms().values()}
+    rows |= {row.weights for row in config.arms().values()}
     uris = sorted({row for row in rows if row and "/" in row})
     if far := [*_far(config), *(uri for uri in uris if not storage.is_local(uri))]:
         do = "name a local copy to have its layout looked at now"
@@ -374,7 +376,7 @@ def weights(config: Config) -> Iterator[Finding]:
             read_weights(config, uri)
         else:
             with refusing_weights("weights"):
-                family.restore(Path(uri))
+                compare(network_of(family).state_dict(), family.restore(Path(uri)), family.name)
         yield Finding("good", "weights", f"{uri} is of {family.name}, {family.preset}")
 
 

@@ -178,16 +178,21 @@ def test_code_is_the_files_of_all_three_floors(monkeypatch, tmp_path):
 
 def test_weights_are_looked_at_as_the_jobs_will_read_them(smallest, tmp_path):
     family = families.load("toy", preset="tiny")
-    family.export(family.network(0).state_dict(), tmp_path)
-    (found,) = doctor.weights(smallest(tmp_path, f"family.weights={tmp_path}"))
-    assert found.state == "good"
-    (tmp_path / "page.ckpt").write_text("<!doctype html>")
+    state = family.network(0).state_dict()
+    family.export(state, tmp_path)
+    file = tmp_path / "toy.safetensors"
+    (found,) = doctor.weights(config := smallest(tmp_path, f"finetune.rows.base.weights={file}"))
+    assert (found.state, found.found) == ("good", f"{file} is of toy, tiny")
+    family.export({f"of_another.{name}": tensor for name, tensor in state.items()}, tmp_path)
+    with pytest.raises(UserError, match="not the weights of toy"):
+        list(doctor.weights(config))
+    file.write_text("<!doctype html>")
     with pytest.raises(UserError, match="a web page, as a download leaves"):
-        list(doctor.weights(smallest(tmp_path, f"family.weights={tmp_path}/page.ckpt")))
+        list(doctor.weights(config))
 
 
 def test_weights_that_every_node_would_download_are_a_warning(smallest, tmp_path):
-    (found,) = doctor.weights(smallest(tmp_path, "family.weights=s3://nowhere/w.ckpt"))
+    (found,) = doctor.weights(smallest(tmp_path, "finetune.rows.base.weights=s3://nowhere/w.ckpt"))
     assert found.state == "warning"
 
 
@@ -200,9 +205,9 @@ def test_a_laptop_is_well_and_what_is_wrong_is_told_as_lines_or_as_json(smallest
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("doctor: nothing failed; ")
     assert not list(tmp_path.iterdir())  # it leaves nothing behind
-    wrong = (f"family.weights={tmp_path}/none.ckpt", "tracking.uri=http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"checks failed: family\.weights, tracking, study, weights$"):
+    wrong = (f"finetune.rows.base.weights={tmp_path}/none.ckpt", "tracking.uri=http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"checks failed: finetune\.rows\.base\.weights, tracking, weights$"):
         doctor.doctor(smallest(tmp_path / "out", *wrong, "doctor.as_json=true"))
     found = {each["check"]: each for each in json.loads(capsys.readouterr().out) if each["state"] == "failed"}
-    assert "nothing is there" in found["family.weights"]["found"]
+    assert "nothing is there" in found["finetune.rows.base.weights"]["found"]
     assert "cannot be reached" in found["tracking"]["found"]
