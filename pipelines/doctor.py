@@ -4,6 +4,8 @@ A check ends in lines: good, warning or failed, with what to do. One that crashe
 """
 
 import json
+import os
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -56,6 +58,7 @@ def examined(config: Config) -> list[Finding]:
 
     seconds = config.doctor.seconds
     try:
+        _refuse_silent_cluster(os.environ.get("RAY_ADDRESS", ""))
         cluster.connect()
         nodes = {each["NodeID"]: each for each in ray.nodes() if each["Alive"]}
     except Exception as error:
@@ -96,6 +99,16 @@ def examined(config: Config) -> list[Finding]:
     if storage.is_local(config.out) and not there_before:
         storage.remove_folder(config.out)
     return findings
+
+
+def _refuse_silent_cluster(address: str) -> None:
+    """In seconds, where Ray's own client tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            raise OSError(f"{address} cannot be reached ({error})") from None
 
 
 # -- asking ------------------------------------------------------------------------------------------------------------

@@ -199,6 +199,13 @@ def test_weights_that_every_node_would_download_are_a_warning(smallest, tmp_path
 # -- the whole ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_cluster_that_is_not_there_is_a_failed_line_at_once(smallest, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(UserError, match="1 of 1 checks failed: cluster"):
+        doctor.doctor(smallest(tmp_path))
+    assert capsys.readouterr().out.startswith("failed   cluster: 127.0.0.1:9 cannot be reached (")
+
+
 @pytest.mark.slow
 def test_a_laptop_is_well_and_what_is_wrong_is_told_as_lines_or_as_json(smallest, tmp_path, capsys):
     doctor.doctor(smallest(tmp_path / "out"))
