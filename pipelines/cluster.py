@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 import uuid
 from collections.abc import Iterable
 
@@ -29,7 +31,10 @@ def connect() -> None:
     if address == "local":
         # For this machine alone, as Ray does it on a Mac: else whoever reaches the machine reaches a dozen ports.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+    stopped = signal.getsignal(signal.SIGTERM)
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stopped or signal.SIG_DFL)  # Ray puts its own there
     data = ray.data.DataContext.get_current()
     data.enable_progress_bars = False
     data.print_on_execution_start = False

@@ -1,12 +1,16 @@
 """The command line that every job has: `python -m jobs.NAME [--config FILE] [key=value ...]`."""
 
 import argparse
+import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -24,7 +28,7 @@ def command(
     file: str | None = None,
     flags: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Parse, check, run. Exit 2 for what the user must mend, 1 for what a further run may finish.
+    """Parse, check, run; the last line and the exit code say what came of it.
 
     `flags`: short for overrides, such as {"--dry-run": ["cache.dry_run=true"]}.
     """
@@ -39,28 +43,90 @@ def command(
     for flag, overrides in (flags or {}).items():
         told = f"short for {' '.join(overrides)}".replace("%", "%%")
         parser.add_argument(flag, dest="flags", action="append_const", const=overrides, help=told)
-    arguments = parser.parse_args()
-    try:
+    parser.add_argument("--check", action="store_true", help="only check the configuration, and print it whole")
+    arguments = parser.parse_intermixed_args()  # flags may stand between keys
+    with ending(name):
         config = load(arguments.config, [*chain(*getattr(arguments, "flags", None) or []), *arguments.overrides])
-        run(config)
+        if arguments.check:
+            print(config.model_dump_json(indent=1))
+        else:
+            run(config)
+
+
+@contextmanager
+def ending(name: str) -> Iterator[None]:
+    """However a command ends, its exit code and its last line say how (docs/submitting.md lists both)."""
+    stop = _Stop(name)
+    try:
+        yield
     except UserError as error:
-        print(f"{name}: {shown(error)}", file=sys.stderr)
-        sys.exit(2)
+        end(2, f"{name}: {shown(error)}")
     except Unfinished as error:
-        print(f"{name}: {shown(error)}", file=sys.stderr)
-        sys.exit(1)
+        end(1, f"{name}: {shown(error)}")
     except Unfit as error:
-        print(f"{name}: {shown(error)}", file=sys.stderr)
-        sys.exit(2)
+        end(2, f"{name}: {shown(error)}")
     except OSError as error:
-        print(f"{name}: {shown(error)}. If that passes, the same command goes on from here", file=sys.stderr)
-        sys.exit(1)
+        end(1, f"{name}: {shown(error)}. If that passes, the same command goes on from here")
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    except Exception:  # a defect of ours, which may quote anything
-        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
-        sys.exit(1)
+        end(130, f"{name}: interrupted; the same command goes on from here")
+    except (Stopped, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code != signal.SIGTERM:  # that is how Ray words it while it connects
+            raise
+        stop.end()
+    except Exception as error:
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)  # a defect of ours, which may quote anything
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        end(1, f"{name}: stopped by what nobody expected ({shown(said)}); what is made stays")
+
+
+def end(code: int, said: str) -> NoReturn:
+    sys.stdout.flush()
+    print(said, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+STOPPED = 128 + signal.SIGTERM
+GRACE = 1.5  # seconds from SIGTERM to the end: `ray job stop` kills after 3
+
+
+class Stopped(BaseException):
+    """SIGTERM: `ray job stop`, Kubernetes or Slurm want the job to end."""
+
+
+class _Stop:
+    """SIGTERM unwinds the job as Ctrl-C does. If that takes too long, a thread ends it, and nothing is lost: what a job
+    has made is whole at any moment.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._said = threading.Lock()
+        self._line = f"{name}: stopped by SIGTERM; what is made stays, and the same command goes on from there\n"
+        told, tell = os.pipe()
+        os.set_blocking(tell, False)
+        # Python runs a handler between two of its own instructions, which a call of a library may delay.
+        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._raise)
+        threading.Thread(target=self._watch, args=(told,), daemon=True).start()
+
+    def _raise(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would break off the unwinding
+        raise Stopped
+
+    def _watch(self, told: int) -> None:
+        while os.read(told, 1)[0] != signal.SIGTERM:
+            pass
+        threading.Event().wait(GRACE)
+        self._say()
+        os._exit(STOPPED)
+
+    def _say(self) -> None:
+        if self._said.acquire(blocking=False):
+            os.write(2, self._line.encode())
+
+    def end(self) -> NoReturn:
+        sys.stdout.flush()
+        self._say()
+        sys.exit(STOPPED)
 
 
 def _keys(sections: tuple[str, ...]) -> str:

@@ -540,6 +540,13 @@ class CompareConfig(Section):
         return bool(self.experiment or self.filter or self.runs)
 
 
+class DoctorConfig(Section):
+    """jobs.doctor: how it looks at the cluster."""
+
+    seconds: PositiveFloat = Field(60, description="after which a check that has not answered has failed")
+    as_json: bool = Field(False, description="a list of {state, check, found, do} instead of lines")
+
+
 class TrackingConfig(Section):
     """MLflow."""
 
@@ -565,6 +572,7 @@ class Config(Section):
     score: ScoreConfig = ScoreConfig()
     compare: CompareConfig = CompareConfig()
     tracking: TrackingConfig = TrackingConfig()
+    doctor: DoctorConfig = DoctorConfig()
 
     def training_rows(self) -> dict[str, "TrainingRow"]:
         """In the order in which they are trained, each seed a row of its own."""

@@ -16,11 +16,11 @@ class OnRaysNetwork(TorchConfig):
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(_name_interface)
+        worker_group.execute(name_interface)
         super().on_start(worker_group, backend_config)
 
 
-def _name_interface() -> None:
+def name_interface() -> None:
     """Else gloo listens where the host's own name leads, which is 127.0.1.1 on many a machine."""
     mine = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():

@@ -216,7 +216,7 @@ def kept_copy(uri: str) -> Path:
         for path in found.keys() - {root}:
             inside(uri, path.removeprefix(f"{root}/"))  # a key may be anything, and becomes a path here
         version = repr(sorted((path, info.get("size"), info.get("ETag")) for path, info in found.items()))
-        cache = _cache()
+        cache = downloads()
         kept = cache / hashlib.sha256(version.encode()).hexdigest()[:16] / posixpath.basename(uri.rstrip("/"))
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / f"{kept.parent.name}.lock").open("w") as lock:
@@ -237,13 +237,13 @@ def kept_result(uri: str, code: str, make: Callable[[], bytes]) -> bytes:
     with _remote(uri) as remote:
         info = remote.info(uri)
     version = repr((uri, info.get("size"), info.get("ETag"), code))
-    kept = _cache() / f"{hashlib.sha256(version.encode()).hexdigest()[:16]}.kept"
+    kept = downloads() / f"{hashlib.sha256(version.encode()).hexdigest()[:16]}.kept"
     if not kept.exists():
         write(str(kept), make())
     return kept.read_bytes()
 
 
-def _cache() -> Path:
+def downloads() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "cil")
 
 

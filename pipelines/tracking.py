@@ -238,7 +238,7 @@ def refuse_unreachable(config: Config) -> None:
     uri = store_uri(config)
     if uri.startswith("sqlite:"):
         return
-    _refuse_silent(config)
+    refuse_silent(config)
     try:
         MlflowClient(uri).search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, ImportError) as error:
@@ -267,7 +267,7 @@ def _away(error: Exception) -> bool:
     return isinstance(error.__cause__ or error.__context__, OSError)
 
 
-def _refuse_silent(config: Config) -> None:
+def refuse_silent(config: Config) -> None:
     """A server, or a database, that nobody runs."""
     try:
         parts = urlsplit(store_uri(config))
@@ -386,4 +386,4 @@ def refuse_absent(config: Config) -> None:
     file = uri.removeprefix("sqlite:///")
     if file != uri and not storage.exists(file):
         raise UserError(f"{uri}: there is no such tracking store; run jobs.score first, or name it in tracking.uri")
-    _refuse_silent(config)
+    refuse_silent(config)

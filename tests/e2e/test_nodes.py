@@ -5,6 +5,7 @@ Each node is in a network namespace of its own, with an address of its own; the 
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,10 +137,17 @@ def test_a_local_path_that_a_node_does_not_see_is_refused(arguments, machines, e
         jobs = {
             folder: stack.enter_context(begun(job, *arguments, *more, **told)) for folder, (job, *more) in asked.items()
         }
+        doctor = stack.enter_context(
+            begun("doctor", *arguments, f"out={hidden}/doctored", "finetune.workers=4", **told)
+        )
         for folder, job in jobs.items():
             error = job.communicate(timeout=120)[1]
             assert job.returncode == 2, error
             assert f"{folder}: the nodes {machines[1].address} do not see the files in it" in one_line(error)
+        found, error = doctor.communicate(timeout=120)
+        assert "checks failed: shared out, tracking, workers" in one_line(error)
+        assert "2 nodes cannot share a SQLite store" in found
+        assert re.search("(good|warning) +all-reduce: 2 ranks on 2 nodes by gloo: [0-9.]+ GB/s", found)
     assert not [file for folder in (hidden, tmp_path) for file in folder.rglob(".unfinished*")]
     assert not list(tmp_path.glob("*/cache/parts/*"))
 

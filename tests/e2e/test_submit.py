@@ -1,5 +1,6 @@
-"""`ray job submit` to a cluster of its own, with Ray's token authentication left on."""
+"""`ray job submit` and `cil submit` to a cluster of their own, with Ray's token authentication left on."""
 
+import json
 import os
 import shutil
 import signal
@@ -106,21 +107,124 @@ def test_the_cluster_refuses_those_who_have_no_token(cluster):
     assert error.value.code == 401
 
 
+def cil(cluster: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    command = [BIN / "python", "-m", "jobs", "submit", "--address", cluster, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_who_has_no_token_or_a_wrong_one_is_told_where_to_get_it(cluster, environment, tmp_path):
+    mine = {key: value for key, value in environment.items() if key != "RAY_AUTH_MODE"} | {"HOME": str(tmp_path)}
+    for token, told in (("", "the cluster wants its token"), ("mine", "this token is not the cluster's; the cluster")):
+        done = cil(cluster, mine | {"RAY_AUTH_TOKEN": token}, "make_shapes", f"out={tmp_path}")
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"submit: {cluster}: {told}")
+        assert done.stderr.count("\n") == 1
+
+
 def test_a_relative_folder_would_be_lost_with_the_job_and_is_refused(cluster, environment):
     done = submit(cluster, environment, "jobs.make_shapes", "out=relative")
     assert done.returncode != 0
     assert "out=relative: in a submitted job it must be an absolute path" in done.stdout
 
 
-def test_the_data_cache_and_training_jobs_run_when_submitted(cluster, environment, tmp_path):
-    """With the same configuration file that a laptop uses."""
-    configuration = ["--config", "tests/smallest.yaml", f"out={tmp_path}", "compare.claims=[]"]
+@pytest.fixture(scope="module")
+def shapes(cluster, environment, tmp_path_factory) -> Path:
+    """Made by a submitted job, as Ray's own command submits it."""
+    out = tmp_path_factory.mktemp("shared")
+    done = submit(cluster, environment, "jobs.make_shapes", "--config", "tests/smallest.yaml", f"out={out}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return out
+
+
+def test_the_data_cache_and_training_jobs_run_when_submitted(cluster, environment, shapes):
+    """With the same configuration file that a laptop uses; and once, however often they are submitted."""
+    configuration = ["--config", "tests/smallest.yaml", f"out={shapes}", "compare.claims=[]"]
     configuration += ["generate.rows={}"]
     configuration += ["finetune.rows={base: {weights: null, seeds: [0], samples: 64, where: {}}}"]
-    for job in ("make_shapes", "build_cache", "finetune"):
-        done = submit(cluster, environment, f"jobs.{job}", *configuration)
+    for job in ("build_cache", "finetune"):
+        done = cil(cluster, environment, job, *configuration, "--follow")
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    (snapshot,) = (tmp_path / "cache/snapshots").iterdir()
+        first, *_, last = done.stdout.splitlines()
+        assert first.endswith(" is submitted")
+        assert last == f"{first.removesuffix(' is submitted')} succeeded"
+    (snapshot,) = (shapes / "cache/snapshots").iterdir()
     assert read_manifest(str(snapshot), "snapshot").counts["clips"] == 339
-    counts = read_manifest(f"{tmp_path}/weights/base", "weights").counts
+    counts = read_manifest(f"{shapes}/weights/base", "weights").counts
     assert (counts["samples"], counts["steps"], counts["skipped_batches"]) == (64, 8, 0)
+
+    again = cil(cluster, environment, job, *configuration)
+    assert again.returncode == 0
+    assert again.stdout.startswith(first.replace(" is submitted", " has succeeded already"))
+    once_more = cil(cluster, environment, job, *configuration, "--again", "--follow")
+    assert once_more.returncode == 0
+    assert once_more.stdout.startswith(first.replace(" is submitted", "-2 is submitted, as "))
+    assert f"{shapes}/weights/base" in once_more.stdout  # finished before
+
+
+def jobs_of(cluster: str, environment: dict[str, str]) -> dict[str, dict]:
+    """What the cluster knows of its jobs, by their ids."""
+    token = Path(environment["HOME"], ".ray/auth_token").read_text().strip()
+    request = urllib.request.Request(f"{cluster}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return {job["submission_id"]: job for job in json.load(answer)}
+
+
+def test_who_follows_a_job_ends_with_its_exit_code_and_what_failed_is_submitted_anew(cluster, environment, tmp_path):
+    command = ("build_cache", f"out={tmp_path}", f"catalog.csv={tmp_path}/$(none).csv", "--follow")
+    first, second = (cil(cluster, environment, *command) for _ in range(2))
+    for done in (first, second):
+        assert done.returncode == 2, done.stdout + done.stderr
+        *_, said, last = done.stdout.splitlines()
+        assert said == f"build_cache: catalog.csv={tmp_path}/$(none).csv: there is no such file"
+        assert last.endswith("failed with exit code 2")
+    known_by = first.stdout.split()[1]
+    told = f"submit: {known_by}-2 is submitted, as {known_by} failed with exit code 2"
+    assert second.stdout.splitlines()[0] == told
+    job = jobs_of(cluster, environment)[known_by]
+    assert {key: job["metadata"][key] for key in ("job", "study", "out")} == {
+        "job": "build_cache",
+        "study": "shapes",
+        "out": str(tmp_path),
+    }
+
+
+def test_a_job_that_is_stopped_says_so_last_and_the_same_command_finishes_it(cluster, environment, shapes, tmp_path):
+    command = ["build_cache", "--config", "tests/smallest.yaml", f"out={tmp_path}", "cache.videos_per_part=3"]
+    command += [f"catalog.csv={shapes}/shapes/videos.csv", f"catalog.videos={shapes}/shapes/videos"]
+    sent = cil(cluster, environment, *command)
+    assert sent.returncode == 0, sent.stderr
+    known_by = sent.stdout.split()[1]
+    with subprocess.Popen(
+        [BIN / "python", "-m", "jobs", "submit", "--address", cluster, *command, "--follow"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as follower:
+        deadline = time.monotonic() + 120
+        while not any(tmp_path.glob("cache/parts/*.index")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        subprocess.run([BIN / "ray", "job", "stop", "--address", cluster, known_by], env=environment, check=True)
+        said = follower.communicate(timeout=60)[0].splitlines()
+    assert said[0] == f"submit: {known_by} is running already"
+    assert said[-2:] == [
+        "build_cache: stopped by SIGTERM; what is made stays, and the same command goes on from there",
+        f"submit: {known_by} was stopped; the same command goes on",
+    ]
+    assert follower.returncode == 143
+    assert not any(tmp_path.glob("cache/snapshots/*/manifest.json"))
+
+    done = cil(cluster, environment, *command, "--follow")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "clips are there already" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"submit: {known_by}-2 succeeded"
+
+
+def test_the_doctor_looks_at_the_cluster_that_it_is_submitted_to(cluster, environment, tmp_path):
+    done = cil(cluster, environment, "doctor", f"out={tmp_path}", "--json", "--follow")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout[done.stdout.index("[\n") : done.stdout.rindex("]") + 1])
+    assert "failed" not in {each["state"] for each in found}
+    checks = {"cluster", "versions", "code", "deepspeed", "gpus", "memory", "shared memory", "disk", "clock", "out"}
+    assert checks | {"tracking", "workers", "study", "weights", "all-reduce"} == {each["check"] for each in found}

@@ -1,5 +1,6 @@
 """What a user meets first: help and mistakes, of every job, as a process."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from pipelines.config import load
 
 JOBS = sorted(p.stem for p in (Path(__file__).parents[2] / "jobs").glob("*.py") if not p.stem.startswith("_"))
 SECONDS = 2.0
@@ -24,6 +27,7 @@ def run(*arguments: str) -> tuple[subprocess.CompletedProcess, float]:
 
 def test_there_is_a_job_for_every_station():
     stations = {
+        "doctor",
         "make_shapes",
         "build_cache",
         "show_cache",
@@ -67,6 +71,13 @@ def test_an_unknown_key_is_one_line_exit_2_and_at_once(job):
     assert done.returncode == 2
     assert done.stderr.strip() == f"{job}: famly: there is no such key; did you mean family?"
     assert seconds < SECONDS
+
+
+def test_check_prints_the_whole_configuration_and_does_nothing(tmp_path):
+    done, _ = run("jobs.make_shapes", f"out={tmp_path}", "shapes.videos=3", "--check")
+    assert done.returncode == 0
+    assert json.loads(done.stdout) == load(None, [f"out={tmp_path}", "shapes.videos=3"]).model_dump(mode="json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_cil_is_the_short_form(tmp_path):

@@ -1,0 +1,128 @@
+"""What `cil submit` refuses before anything is sent, and what it sends."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import UserError
+from pipelines.submit import identity, refuse_secrets
+
+ROOT = Path(__file__).parents[2]
+
+
+def submit(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    command = [sys.executable, "-m", "jobs", "submit", *arguments]
+    told = {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=kept | told | environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["finetune", "out=x"], "finetune: out=x: in a submitted job it must be an absolute path"),
+        (["finetune", "out=/x", "famly.name=toy"], "finetune: famly: there is no such key; did you mean family?"),
+        (["finetune", "out=/x", "--config", "/etc/hostname"], "submit: --config /etc/hostname: only what is in "),
+        (["paper", "out=/x", "--full", "tracking.uri=http://me:hidden@host"], "paper: tracking.uri holds a password"),
+        (["make_shapes", "out=/x", "--runtime-env", "none.yaml"], "submit: --runtime-env none.yaml: cannot be read"),
+        (["make_shapes", "out=/x", "--address", "http://127.0.0.1:9"], "submit: http://127.0.0.1:9: no Ray dashboard"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_sent(arguments, said):
+    done = submit(*arguments)
+    assert done.returncode == (1 if "dashboard" in said else 2)
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1
+    assert "hidden" not in done.stderr
+
+
+def test_a_folder_without_our_jobs_is_not_sent(tmp_path):
+    done = submit("make_shapes", "out=/x", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "run from the repository" in done.stderr
+
+
+def test_a_secret_is_not_kept_with_the_job(tmp_path):
+    for word in ("compare.note=https://me:hidden@host/a", "compare.note=s3://b/a?X-Amz-Signature=hidden"):
+        with pytest.raises(UserError, match=r"^compare\.note: a URL with a user, a password") as error:
+            refuse_secrets(["python", "-m", "jobs.compare", word])
+        assert "hidden" not in str(error.value)
+    refuse_secrets(["compare.note=why? s3://b/a=b, a@b"])
+    (tmp_path / "env.yaml").write_text("env_vars: {AWS_SECRET_ACCESS_KEY: hidden}")
+    done = submit("make_shapes", "out=/x", "--runtime-env", str(tmp_path / "env.yaml"))
+    assert done.returncode == 2
+    assert "env_vars.AWS_SECRET_ACCESS_KEY would be kept with the job" in done.stderr
+    assert "hidden" not in done.stderr
+
+
+def test_the_same_job_configuration_and_out_have_the_same_id():
+    config = {"seed": 0, "out": "/x"}
+    assert identity("score", config) == identity("score", {"out": "/x", "seed": 0})
+    others = {
+        identity("finetune", config),
+        identity("score", config | {"seed": 1}),
+        identity("score", config | {"out": "/y"}),
+    }
+    assert len(others | {identity("score", config)}) == 4
+
+
+@pytest.fixture
+def dashboard() -> Iterator[tuple[str, list[dict]]]:
+    """An address, and what is submitted there: of Ray's API what a submission needs, to see what reaches it."""
+    submitted: list[dict] = []
+
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer([] if self.path == "/api/jobs/" else {"ray_version": "2.60.0"})
+
+        def do_POST(self) -> None:
+            submitted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.answer({"job_id": "1", "submission_id": submitted[-1]["submission_id"]})
+
+        def answer(self, value: object) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(value).encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", submitted
+        server.shutdown()
+
+
+def test_what_is_asked_for_reaches_the_cluster(dashboard, tmp_path):
+    address, submitted = dashboard
+    shutil.copytree(ROOT / "jobs", tmp_path / "jobs")
+    (tmp_path / "study.yaml").write_text("tracking: {experiment: mine}")
+    (tmp_path / "env.yaml").write_text("env_vars: {NCCL_DEBUG: INFO}")
+    resources = ["--entrypoint-num-cpus", "2", "--entrypoint-num-gpus", "0.5", "--entrypoint-memory", "1000"]
+    resources += ["--entrypoint-resources", '{"head": 1}', "--runtime-env", "env.yaml", "--address", address]
+    job = [
+        "build_cache",
+        "--config",
+        str(tmp_path / "study.yaml"),
+        "out=/x",
+        "catalog.csv=/a b/$(c);d.csv",
+        "--dry-run",
+    ]
+    done = submit(*job, *resources, cwd=tmp_path, RAY_API_SERVER_ADDRESS="http://127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+    (asked,) = submitted
+    command = "python -m jobs.build_cache --config study.yaml out=/x 'catalog.csv=/a b/$(c);d.csv' --dry-run"
+    assert asked["entrypoint"] == command
+    assert asked["metadata"] == {"job": "build_cache", "study": "mine", "out": "/x"}
+    assert asked["runtime_env"]["env_vars"] == {"NCCL_DEBUG": "INFO"}
+    assert asked["runtime_env"]["working_dir"].startswith("gcs://")
+    numbers = ("num_cpus", "num_gpus", "memory", "resources")
+    assert [asked[f"entrypoint_{name}"] for name in numbers] == [2, 0.5, 1000, {"head": 1}]
+    assert done.stdout.startswith(f"submit: {asked['submission_id']} is submitted\n")

@@ -1,0 +1,220 @@
+"""What the doctor makes of what nodes say, and what a node says of itself."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from cil import families
+from pipelines import doctor, node
+from pipelines.config import load
+from pipelines.errors import UserError
+
+GIB = 2**30
+
+
+def states(findings) -> list[str]:
+    return [finding.state for finding in findings]
+
+
+# -- judging -----------------------------------------------------------------------------------------------------------
+
+
+def test_versions_that_differ_fail_and_each_is_named_with_its_nodes():
+    same = {"python": "3.11.2", "torch": "2.13.0"}
+    found = list(doctor.versions({"a": same, "b": same | {"torch": "2.12.0"}, "c": same, "d": same | {"nccl": "2.27"}}))
+    assert states(found) == ["failed", "failed"]
+    assert found[0].found == "nccl none on a, b, c, 2.27 on d"
+    assert found[1].found == "torch 2.13.0 on a, c, d, 2.12.0 on b"
+    assert states(doctor.versions({"a": same, "b": same})) == ["good"]
+
+
+def test_another_state_of_our_code_on_a_node_fails():
+    assert states(doctor.code({"a": "12", "b": "12"})) == ["good"]
+    (found,) = doctor.code({"a": "12", "b": "34", "c": "12"})
+    assert (found.state, found.found) == ("failed", "ours differs: 12 on a, c, 34 on b")
+
+
+@pytest.mark.parametrize(("skew", "state"), [(0.3, "good"), (-5.0, "warning"), (5.0, "warning"), (1000.0, "failed")])
+def test_clocks_that_are_apart_are_told_by_the_worst(skew, state):
+    (found,) = doctor.clock({"a": 0.01, "b": skew})
+    assert found.state == state
+    assert state == "good" or found.found.startswith(f"b is {abs(skew)} s {'behind' if skew > 0 else 'ahead'}")
+
+
+def machine_of(shared: float = 64 * GIB, free: float = 500 * GIB, total: float = 1000 * GIB, gpus: int = 0):
+    told = {"cpus": 8, "memory": 64 * GIB, "free_memory": 60 * GIB, "shared_memory": shared}
+    disks = {"disks": {"out": {"folder": "/out", "free": free, "total": total}}}
+    others = told | {"disks": {"out": {"folder": "/out", "free": 900 * GIB, "total": 1000 * GIB}}}
+    found = doctor.machine(
+        {"a": others | {"shared_memory": 64 * GIB}, "b": told | disks}, {"a": 2e10, "b": 2e10}, {"a": 0, "b": gpus}
+    )
+    return {finding.check: finding for finding in found}
+
+
+def test_a_disk_that_is_nearly_full_on_one_node_fails_and_one_with_little_room_is_a_warning():
+    assert machine_of()["disk"].state == "good"
+    little = machine_of(free=10 * GIB, total=100 * GIB)["disk"]
+    assert (little.state, "10 GiB free of 100 GiB on b" in little.found) == ("warning", True)
+    assert machine_of(free=30 * GIB)["disk"].state == "failed"  # 97 % used: Ray makes no more objects
+
+
+def test_shared_memory_is_to_hold_rays_objects_and_what_nccl_needs():
+    assert machine_of()["shared memory"].state == "good"
+    assert machine_of(shared=10 * GIB)["shared memory"].state == "warning"
+    assert machine_of(shared=GIB // 16, gpus=8)["shared memory"].state == "failed"
+
+
+def gpus_of(*counts: int, name: str = "H100", used: float = 0.0, in_ray: int = 8):
+    known = {
+        f"n{i}": [{"name": name, "memory": 80 * GIB, "used": used * GIB}] * count for i, count in enumerate(counts)
+    }
+    return list(doctor.gpu_line(known, dict.fromkeys(known, in_ray)))
+
+
+def test_gpus_of_ray_are_those_of_the_driver_and_nobody_else_uses_them():
+    (found,) = gpus_of(8, 8)
+    assert (found.state, found.found) == ("good", "8 x H100 of 80 GiB on n0, n1")
+    assert states(gpus_of(0, 0, in_ray=0)) == ["good"]
+    assert gpus_of(8, 7)[0].found == "n1: Ray has more GPUs there than the driver"
+    assert states(gpus_of(8, 7)) == ["failed"]
+    assert states(gpus_of(8, 8, in_ray=4)) == ["warning"]
+    assert states(gpus_of(8, 8, used=40)) == ["good", "warning"]
+
+
+def test_what_nodes_could_not_answer_fails_once_for_all_that_say_the_same():
+    facts = {
+        "a": {"out": {"problem": "no way"}},
+        "b": {"out": {"is": {"write": 1e6, "read": 2e6}}},
+        "c": {"out": {"problem": "no way"}},
+    }
+    failed, good = doctor.judged("out", lambda known: doctor.out("/out", known), facts)
+    assert (failed.state, failed.found) == ("failed", "a, c: no way")
+    assert good.found == "/out: written at 1 MB/s and read at 2 MB/s by the slowest node"
+
+
+def test_a_path_that_some_nodes_lack_is_to_be_shared_and_one_that_all_lack_to_be_mended():
+    (some,) = doctor.place("family.weights", "/w", {"a": True, "b": False})
+    (none,) = doctor.place("family.weights", "/w", {"a": False, "b": False})
+    assert (some.state, none.state) == ("failed", "failed")
+    assert "share" in some.do
+    assert "credentials" in none.do
+
+
+def test_more_nodes_than_fit_into_a_line_are_counted():
+    (found,) = doctor.code({f"n{i}": "12" if i else "34" for i in range(9)})
+    assert found.found == "ours differs: 12 on n1, n2, n3, n4 and 4 more, 34 on n0"
+
+
+# -- a node ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_check_that_crashes_or_hangs_costs_its_own_answer_alone():
+    begin = time.monotonic()
+    found = node.in_time({"crash": lambda: 1 // 0, "hang": threading.Event().wait, "good": lambda: 7}, 0.3)
+    assert found == {
+        "crash": {"problem": "ZeroDivisionError: integer division or modulo by zero"},
+        "hang": {"problem": "no answer in 0.3 s"},
+        "good": {"is": 7},
+    }
+    assert time.monotonic() - begin < 2
+
+
+def test_a_probe_is_written_read_and_removed(tmp_path):
+    told = node.probe(str(tmp_path / "new"))
+    assert min(told.values()) > 0
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_place_that_cannot_be_written_to_is_a_problem(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="a file cannot be written to: "):
+        node.probe(str(tmp_path / "file" / "out"))
+
+
+def test_a_bucket_is_probed_and_one_that_is_not_there_is_a_problem(endpoint):
+    assert min(node.probe("s3://webvid/out").values()) > 0
+    assert not node.seen("s3://webvid/out")
+    with pytest.raises(OSError, match=r"a file cannot be written to: .*bucket"):
+        node.probe("s3://no-such-bucket/out")
+
+
+def test_every_path_of_a_configuration_is_looked_for(tmp_path):
+    row = f"{{base: {{weights: {tmp_path}/started}}}}"
+    named = {
+        "family.weights": "/w",
+        "catalog.csv": "[/a.csv,s3://b/c.csv]",
+        "score.videos": "{ours: /ours}",
+        "generate.images": "s3://b/images",
+        "finetune.rows": row,
+    }
+    config = load(None, [f"{key}={value}" for key, value in named.items()] + ["out=/out", "compare.note=a/b"])
+    assert doctor.places_of(config) == {
+        "family.weights": "/w",
+        "catalog.csv[0]": "/a.csv",
+        "catalog.csv[1]": "s3://b/c.csv",
+        "score.videos.ours": "/ours",
+        "generate.images": "s3://b/images",
+        "finetune.rows.base.weights": f"{tmp_path}/started",
+    }
+
+
+def test_code_is_the_files_of_all_three_floors(monkeypatch, tmp_path):
+    file = tmp_path / "pipelines" / "node.py"
+    file.parent.mkdir()
+    file.write_text("1")
+    monkeypatch.setattr(node, "__file__", str(file))
+    before = node.code()
+    for name in ("cil", "jobs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text("1")
+        assert node.code() != before
+        before = node.code()
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_looked_at_as_the_jobs_will_read_them(smallest, tmp_path):
+    family = families.load("toy", preset="tiny")
+    state = family.network(0).state_dict()
+    family.export(state, tmp_path)
+    file = tmp_path / "toy.safetensors"
+    (found,) = doctor.weights(config := smallest(tmp_path, f"finetune.rows.base.weights={file}"))
+    assert (found.state, found.found) == ("good", f"{file} is of toy, tiny")
+    family.export({f"of_another.{name}": tensor for name, tensor in state.items()}, tmp_path)
+    with pytest.raises(UserError, match="not the weights of toy"):
+        list(doctor.weights(config))
+    file.write_text("<!doctype html>")
+    with pytest.raises(UserError, match="a web page, as a download leaves"):
+        list(doctor.weights(config))
+
+
+def test_weights_that_every_node_would_download_are_a_warning(smallest, tmp_path):
+    (found,) = doctor.weights(smallest(tmp_path, "finetune.rows.base.weights=s3://nowhere/w.ckpt"))
+    assert found.state == "warning"
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_cluster_that_is_not_there_is_a_failed_line_at_once(smallest, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(UserError, match="1 of 1 checks failed: cluster"):
+        doctor.doctor(smallest(tmp_path))
+    assert capsys.readouterr().out.startswith("failed   cluster: 127.0.0.1:9 cannot be reached (")
+
+
+@pytest.mark.slow
+def test_a_laptop_is_well_and_what_is_wrong_is_told_as_lines_or_as_json(smallest, tmp_path, capsys):
+    doctor.doctor(smallest(tmp_path / "out"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("doctor: nothing failed; ")
+    assert not list(tmp_path.iterdir())  # it leaves nothing behind
+    wrong = (f"finetune.rows.base.weights={tmp_path}/none.ckpt", "tracking.uri=http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"checks failed: finetune\.rows\.base\.weights, tracking, weights$"):
+        doctor.doctor(smallest(tmp_path / "out", *wrong, "doctor.as_json=true"))
+    found = {each["check"]: each for each in json.loads(capsys.readouterr().out) if each["state"] == "failed"}
+    assert "nothing is there" in found["finetune.rows.base.weights"]["found"]
+    assert "cannot be reached" in found["tracking"]["found"]
