@@ -132,8 +132,8 @@ def _named(key: str, uri: str, files: list[str]) -> dict[str, str]:
         told = f"{len(unclear)} names mean several files each ({shown(several)} ...)"
         print(f"scores: {key}={uri}: {told}: no pair is guessed")
     names = {name_of(file): file for file in files if name_of(file) not in unclear}
-    told = {shown(file): file for file in files}  # as an index names it
-    return names | told | {file: file for file in files} | {storage.join(uri, file): file for file in files}
+    names |= {shown(file): file for file in files}  # as an index names it
+    return names | {file: file for file in files} | {storage.join(uri, file): file for file in files}
 
 
 def _shared(files: Iterable[str]) -> set[str]:
