@@ -399,7 +399,8 @@ def exchange(ranks: Sequence[str], nodes: int, gpu: bool, seconds: float) -> Ite
     way = "NCCL" if gpu else "gloo"
     if not ranks:
         raise UserError("finetune.gpu=true: the cluster has no GPU")
-    found = f"{len(ranks)} {'GPUs' if gpu else 'ranks'} on {nodes} {_nodes(nodes)} by {way}"
+    what = ("GPU" if gpu else "rank") + "s" * (len(ranks) != 1)
+    found = f"{len(ranks)} {what} on {nodes} {_nodes(nodes)} by {way}"
     if len(ranks) < 2:
         yield Finding("good", "all-reduce", f"{found}: nothing to exchange")
         return
