@@ -9,6 +9,7 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -84,7 +85,7 @@ def examined(config: Config) -> list[Finding]:
     for key, uri in places.items():
         # A csv is read by the job itself, and no worker needs it.
         looked = {here: heard[here]} if key == "catalog.csv" and here in heard else heard
-        findings += judged(key, lambda known, key=key, uri=uri: place(key, uri, known), looked)
+        findings += judged(key, partial(place, key, uri), looked)
     findings += judged("out", lambda known: out(config.out, known), heard)
     if len(nodes) > 1 and storage.is_local(config.out):
         said_so = f"{config.out} is the same folder on all nodes"
@@ -147,7 +148,8 @@ def _ask(
         ): names[id]
         for id in nodes
     }
-    waiting, end, facts = list(asked), time.monotonic() + 3 * seconds, {}
+    waiting, end = list(asked), time.monotonic() + 3 * seconds
+    facts: dict[str, tuple[Any, Any]] = {}
     while waiting:
         done, waiting = ray.wait(waiting, timeout=max(0, end - time.monotonic()))
         if not done:

@@ -74,7 +74,7 @@ def all_reduce(nodes: Sequence[str], gpu: bool, seconds: float) -> float:
 
     backend = "nccl" if gpu else "gloo"
     actor = ray.remote(num_cpus=0, num_gpus=int(gpu))(Rank)
-    ranks = [
+    ranks: list[Any] = [
         actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
     ]
     try:

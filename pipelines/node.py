@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def answers(config: Config, places: Mapping[str, str], gpu: bool, seconds: float
         "machine": lambda: machine(config),
         "tracking": lambda: reach_tracking(config),
     }
-    questions |= {key: lambda uri=uri: seen(uri) for key, uri in places.items()}
+    questions |= {key: partial(seen, uri) for key, uri in places.items()}
     known = in_time(questions, seconds)
     # By itself, as it is measured.
     known |= in_time({"out": lambda: probe(config.out)}, seconds)
@@ -117,7 +118,8 @@ def machine(config: Config) -> dict[str, Any]:
     import psutil
     import ray
 
-    session = ray._private.worker._global_node.get_session_dir_path()  # Ray has no public name for it
+    node: Any = ray._private.worker._global_node
+    session = node.get_session_dir_path()  # Ray has no public name for it
     folders = {"Ray's temporary files": session, "kept downloads": str(storage.downloads())}
     if storage.is_local(config.out):
         folders["out"] = config.out
