@@ -10,7 +10,7 @@ made at the same time shares a store's requests evenly. The driver plans before 
 import heapq
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -372,12 +372,12 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def filled(page: str) -> str:
-    """With each table between its markers."""
-    for name, table in TABLES.items():
+def filled(page: str, names: Iterable[str] = TABLES) -> str:
+    """With each of these tables between its markers."""
+    for name in names:
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         assert page.count(begin) == page.count(end) == 1, f"{PAGE} has no place for the table `{name}`"
-        page = page[: page.index(begin) + len(begin)] + table() + "\n" + page[page.index(end) :]
+        page = page[: page.index(begin) + len(begin)] + TABLES[name]() + "\n" + page[page.index(end) :]
     return page
 
 

@@ -17,7 +17,8 @@ SMALL = 300_000  # clips: the same as of ten million, for a test
 
 def test_the_tables_of_the_page_are_those_that_the_command_writes():
     page = scale.PAGE.read_text()
-    assert scale.filled(page) == page, "run python -m benchmarks.scale"
+    others = scale.TABLES.keys() - {"large"}  # made as `webvid` is, in seconds
+    assert scale.filled(page, others) == page, "run python -m benchmarks.scale"
 
 
 @pytest.mark.parametrize(("workers", "rounds"), [(1, 12), (5, 3), (12, 1), (100, 1)])
