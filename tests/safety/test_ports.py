@@ -17,13 +17,16 @@ ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 LISTENS = """
-import json, psutil, ray
+import contextlib, json, psutil, ray
 from pipelines import cluster
 cluster.connect()
-ray.get(ray.remote(int).remote())
+ray.get(ray.remote(lambda: 0).remote())
 family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-connections = (connection for process in family for connection in process.net_connections("inet"))
-print(json.dumps([connection.laddr for connection in connections if connection.status == "LISTEN"]))
+found = []
+for process in family:
+    with contextlib.suppress(psutil.NoSuchProcess):  # some are gone by now
+        found += [each.laddr for each in process.net_connections("inet") if each.status == "LISTEN"]
+print(json.dumps(found))
 """
 
 
