@@ -141,24 +141,25 @@ def test_the_data_cache_and_training_jobs_run_when_submitted(cluster, environmen
     configuration = ["--config", "tests/smallest.yaml", f"out={shapes}", "compare.claims=[]"]
     configuration += ["generate.rows={}"]
     configuration += ["finetune.rows={base: {weights: null, seeds: [0], samples: 64, where: {}}}"]
+    said = {}
     for job in ("build_cache", "finetune"):
         done = cil(cluster, environment, job, *configuration, "--follow")
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-        first, *_, last = done.stdout.splitlines()
-        assert first.endswith(" is submitted")
-        assert last == f"{first.removesuffix(' is submitted')} succeeded"
+        said[job], *_, last = done.stdout.splitlines()
+        assert said[job].endswith(" is submitted")
+        assert last == said[job].replace(" is submitted", " succeeded")
     (snapshot,) = (shapes / "cache/snapshots").iterdir()
     assert read_manifest(str(snapshot), "snapshot").counts["clips"] == 339
     counts = read_manifest(f"{shapes}/weights/base", "weights").counts
     assert (counts["samples"], counts["steps"], counts["skipped_batches"]) == (64, 8, 0)
 
-    again = cil(cluster, environment, job, *configuration)
+    again = cil(cluster, environment, "build_cache", *configuration)
     assert again.returncode == 0
-    assert again.stdout.startswith(first.replace(" is submitted", " has succeeded already"))
-    once_more = cil(cluster, environment, job, *configuration, "--again", "--follow")
+    assert again.stdout.startswith(said["build_cache"].replace(" is submitted", " has succeeded already"))
+    once_more = cil(cluster, environment, "build_cache", *configuration, "--again", "--follow")
     assert once_more.returncode == 0
-    assert once_more.stdout.startswith(first.replace(" is submitted", "-2 is submitted, as "))
-    assert f"{shapes}/weights/base" in once_more.stdout  # finished before
+    assert once_more.stdout.startswith(said["build_cache"].replace(" is submitted", "-2 is submitted, as "))
+    assert "nothing to do" in once_more.stdout
 
 
 def jobs_of(cluster: str, environment: dict[str, str]) -> dict[str, dict]:
