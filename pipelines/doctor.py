@@ -86,7 +86,7 @@ def examined(config: Config) -> list[Finding]:
         # A csv is read by the job itself, and no worker needs it.
         looked = {here: heard[here]} if key == "catalog.csv" and here in heard else heard
         findings += judged(key, partial(place, key, uri), looked)
-    findings += judged("out", lambda known: out(config.out, known), heard)
+    findings += judged("out", partial(out, config.out), heard)
     if len(nodes) > 1 and storage.is_local(config.out):
         said_so = f"{config.out} is the same folder on all nodes"
         findings += _asked("shared out", lambda: cluster.refuse_unshared(config.out), said_so, seconds)
@@ -149,7 +149,7 @@ def _ask(
         for id in nodes
     }
     waiting, end = list(asked), time.monotonic() + 3 * seconds
-    facts: dict[str, tuple[Any, Any]] = {}
+    facts: dict[str, tuple[dict[str, Answer] | None, Any]] = {}
     while waiting:
         done, waiting = ray.wait(waiting, timeout=max(0, end - time.monotonic()))
         if not done:

@@ -118,9 +118,8 @@ def machine(config: Config) -> dict[str, Any]:
     import psutil
     import ray
 
-    node: Any = ray._private.worker._global_node
-    session = node.get_session_dir_path()  # Ray has no public name for it
-    folders = {"Ray's temporary files": session, "kept downloads": str(storage.downloads())}
+    here: Any = ray._private.worker._global_node  # Ray has no public name for it
+    folders = {"Ray's temporary files": here.get_session_dir_path(), "kept downloads": str(storage.downloads())}
     if storage.is_local(config.out):
         folders["out"] = config.out
     memory, shared = psutil.virtual_memory(), shutil.disk_usage("/dev/shm")
