@@ -84,7 +84,7 @@ def examined(config: Config) -> list[Finding]:
     findings += clock({name: received - told["time"]["is"] for name, (told, received) in facts.items() if told})
     for key, uri in places.items():
         # A csv is read by the job itself, and no worker needs it.
-        looked = {here: heard[here]} if key == "catalog.csv" and here in heard else heard
+        looked = {here: heard[here]} if key.startswith("catalog.csv") and here in heard else heard
         findings += judged(key, partial(place, key, uri), looked)
     findings += judged("out", partial(out, config.out), heard)
     if len(nodes) > 1 and storage.is_local(config.out):
