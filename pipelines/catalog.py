@@ -514,9 +514,6 @@ def _without_secrets(values: pa.Array) -> pa.Array:
     return pa.array([redacted(v) if tells_secret(v) else v for v in values.to_pylist()], values.type)
 
 
-# all of them
-
-
 class _Subset:
     """A share of the videos, as a function of the videoid alone."""
 

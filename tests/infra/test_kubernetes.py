@@ -118,7 +118,7 @@ def test_a_field_that_kubernetes_does_not_know_is_found():
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
-class Parsed(Exception):
+class Parsed(BaseException):
     pass
 
 
