@@ -156,8 +156,8 @@ def _client(address: str | None) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("job.sdk", "dashboard_sdk"):  # which tell of every package and of the end of every log
-        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
+    for name in ("ray", "ray.dashboard.modules.job.sdk", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # they tell of every file and of every package
     asked = os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
     try:
         return JobSubmissionClient()

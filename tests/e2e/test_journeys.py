@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_submit import BIN
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -55,7 +56,7 @@ def test_the_three_journeys_of_the_readme_run_as_they_stand(namespace, tmp_path)
     here, ray = tmp_path / "repository", tempfile.mkdtemp(prefix="ray")  # short: Ray's sockets stand in it
     shutil.copytree(ROOT, here, ignore=shutil.ignore_patterns(*LEFT_OUT))
     (here / ".venv/bin").mkdir(parents=True)
-    shutil.copy(ROOT / ".venv/bin/activate", here / ".venv/bin")
+    shutil.copy(BIN / "activate", here / ".venv/bin")
     (tmp_path / "home").mkdir()
     environment = {"HOME": str(tmp_path / "home"), "PATH": os.defpath, "RAY_TMPDIR": ray, "PYTHONPATH": str(here)}
     try:
