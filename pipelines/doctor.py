@@ -44,7 +44,7 @@ def doctor(config: Config) -> None:
         state: [each.check for each in findings if each.state == state] for state in ("good", "warning", "failed")
     }
     if config.doctor.as_json:
-        print(json.dumps([each._asdict() for each in findings], indent=1))
+        print(json.dumps([{name: shown(told) for name, told in each._asdict().items()} for each in findings], indent=1))
     else:
         for each in findings:
             print(shown(f"{each.state:<8} {each.check}: {each.found}{each.do and f'; {each.do}'}"))
@@ -93,7 +93,7 @@ def examined(config: Config) -> list[Finding]:
     findings += judged("tracking", lambda known: (), heard)
     findings += _asked("tracking", lambda: _tracking(config), f"{_store(config)} answers", seconds)
     findings += _asked("workers", lambda: _room(config, gpu), f"there is room for {config.finetune.workers}", seconds)
-    findings += _asked("study", lambda: _study(config), "its rows can be trained and sampled", seconds)
+    findings += _asked("study", lambda: _study(config), "", seconds)
     findings += _asked("weights", lambda: weights(config), "", seconds)
     ranks = [id for id in nodes for _ in range(gpus[names[id]] if gpu else 1)]
     findings += _asked("all-reduce", lambda: exchange(ranks, len(nodes), gpu, seconds), "", 5 * seconds)
@@ -353,14 +353,14 @@ def _room(config: Config, gpu: bool) -> None:
         cluster.workers(getattr(getattr(config, section), name), key)
 
 
-def _study(config: Config) -> None:
+def _study(config: Config) -> Iterator[Finding]:
     from pipelines import finetune, generate
     from pipelines.models import family_of
 
-    if _far(config):
-        return
-    finetune.refuse_impossible(config, family_of(config), config.training_rows())
-    generate.refuse_impossible_rows(config)
+    if not _far(config):
+        finetune.refuse_impossible(config, family_of(config), config.training_rows())
+        generate.refuse_impossible_rows(config)
+        yield Finding("good", "study", "its rows can be trained and sampled")
 
 
 def _far(config: Config) -> list[str]:

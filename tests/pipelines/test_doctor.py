@@ -1,6 +1,7 @@
 """What the doctor makes of what nodes say, and what a node says of itself."""
 
 import json
+import re
 import threading
 import time
 
@@ -218,3 +219,6 @@ def test_a_laptop_is_well_and_what_is_wrong_is_told_as_lines_or_as_json(smallest
     found = {each["check"]: each for each in json.loads(capsys.readouterr().out) if each["state"] == "failed"}
     assert "nothing is there" in found["finetune.rows.base.weights"]["found"]
     assert "cannot be reached" in found["tracking"]["found"]
+    with pytest.raises(UserError, match="checks failed: node, "):
+        doctor.doctor(smallest(tmp_path / "out", "doctor.seconds=0.001"))
+    assert re.search(r"^failed   node: \S+: no answer in 0.003 s; ", capsys.readouterr().out, re.M)
