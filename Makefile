@@ -1,10 +1,10 @@
 # Every target does its own set-up; the first run takes some minutes, a second one a moment.
 BIN := .venv/bin
 
-.PHONY: help setup paper demo test check lint bench clean
+.PHONY: help setup paper demo test test-all check lint bench clean
 
 help: ## what there is
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 setup: ## .venv with every version pinned
 	@infra/setup.sh
@@ -16,10 +16,13 @@ demo: setup ## the first journey: videos, latent cache, initial noise, and what 
 	@for job in make_shapes build_cache initial_noise show_cache; do \
 		$(BIN)/python -m jobs.$$job --config jobs/configs/demo.yaml || exit; done
 
-test: setup ## all tests, two at a time; those that kill processes and nodes one after another
+test: setup ## the fast tests, the whole road, and processes that are killed on it: what CI runs
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
-	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --ignore tests/e2e --durations 25
-	@$(BIN)/python -m pytest -m slow tests/e2e --durations 25
+	@$(BIN)/python -m pytest -m slow tests/jobs/test_road.py tests/e2e/test_kills.py --durations 10
+
+test-all: test ## and all other tests: families, S3, nodes, clusters, networks that fail
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --ignore tests/e2e --ignore tests/jobs/test_road.py --durations 25
+	@$(BIN)/python -m pytest -m slow tests/e2e --ignore tests/e2e/test_kills.py --durations 25
 
 check: lint ## lint, and the fast tests
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
