@@ -190,7 +190,7 @@ def test_who_follows_a_job_ends_with_its_exit_code_and_what_failed_is_submitted_
 
 def test_a_job_that_is_stopped_says_so_last_and_the_same_command_finishes_it(cluster, environment, shapes, tmp_path):
     command = ["build_cache", "--config", "tests/smallest.yaml", f"out={tmp_path}", "cache.videos_per_part=1"]
-    command += [f"catalog.csv={shapes}/shapes/videos.csv", f"catalog.videos={shapes}/shapes/videos"]
+    command += [f"catalog.csv={shapes}/shapes/videos.csv", f"catalog.videos={shapes}/shapes/videos", "catalog.limit=60"]
     sent = cil(cluster, environment, *command)
     assert sent.returncode == 0, sent.stderr
     known_by = sent.stdout.split()[1]
