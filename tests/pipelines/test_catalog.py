@@ -794,8 +794,8 @@ print(len(catalog), seconds, (most - before) / 2**20, time.process_time() - star
 """
 
 
-def test_a_hundred_thousand_rows_are_read_in_a_second_and_sixty_megabytes(tmp_path):
-    """A tenth of what a million may take, and 40 MB for the blocks that pyarrow parses ahead."""
+def test_a_hundred_thousand_rows_are_read_in_two_seconds_and_sixty_megabytes(tmp_path):
+    """.7 s on a free core; slow ones take half as long again. And 40 MB for the blocks that pyarrow parses ahead."""
     draw = random.Random(0)
     words = ["a dog", "a cat", "and", "the old man", "runs", "over a hill,", "by the sea", "at night", "aerial view"]
     with (tmp_path / "v.csv").open("w") as file:
@@ -809,6 +809,6 @@ def test_a_hundred_thousand_rows_are_read_in_a_second_and_sixty_megabytes(tmp_pa
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
     count, seconds, megabytes, slice_seconds, rows = (float(number) for number in said.split())
     assert (count, rows) == (100_000, 100)
-    assert seconds < 1, said
+    assert seconds < 2, said
     assert megabytes < 60 + 40, said
     assert slice_seconds < 0.02, said
