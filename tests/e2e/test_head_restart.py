@@ -80,18 +80,19 @@ def test_a_lost_head_costs_a_driver_elsewhere_nothing_and_its_own_driver_the_sam
             until(lambda: head.poll() is not None, 60)  # by itself: Ray ends what is left of the node
             return parts(out)
 
-        def alone(out: Path) -> None:
+        def alone(out: Path) -> subprocess.Popen:
             """By this machine, without a cluster."""
-            finished(stack.enter_context(begun("build_cache", *arguments, f"out={out}", RAY_ADDRESS="local")))
+            return stack.enter_context(begun("build_cache", *arguments, f"out={out}", RAY_ADDRESS="local"))
 
         def same(out: Path) -> bool:
             """But for what a worker of the head was just writing."""
             there = {name: data for name, data in files(out / "cache").items() if ".unfinished-" not in name}
             return there == files(quiet / "cache")
 
-        alone(quiet)
+        undisturbed = alone(quiet)
         first = head()
         second = stack.enter_context(another_node(machines[1], environment, apart=True))
+        finished(undisturbed)
 
         job = build(elsewhere, second)
         made = lost(first, elsewhere)
@@ -105,6 +106,6 @@ def test_a_lost_head_costs_a_driver_elsewhere_nothing_and_its_own_driver_the_sam
         made = lost(first, here)
         until(lambda: job.poll() is not None, 60)
         assert job.returncode
-        alone(here)
+        finished(alone(here))
         assert made.items() <= parts(here).items()
         assert same(here)
