@@ -8,11 +8,12 @@ reads an older one notices nothing. Parts are named by the videos in them, so bu
 import hashlib
 import json
 import posixpath
-from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,10 @@ import pyarrow.compute as pc
 from cil.families import Family
 from cil.metrics.duplicates import near_duplicates
 from cil.metrics.motion import SMALLEST
-from pipelines import artifact, cluster, storage
+from pipelines import artifact, cluster, storage, tables
 from pipelines.artifact import Artifact, Identity, Manifest
-from pipelines.catalog import Catalog, read_catalog
-from pipelines.clips import PartMaker, to_ipc
+from pipelines.catalog import Catalog, Root, Video, read_catalog
+from pipelines.clips import CLIP, PartMaker, to_ipc
 from pipelines.config import Config
 from pipelines.errors import Unfinished, UserError
 from pipelines.models import (
@@ -43,7 +44,16 @@ from pipelines.watch import Watch
 KIND, SNAPSHOT = "latent cache", "snapshot"
 LATEST = "latest.json"
 INDEX, PLAN, REJECTS = "index.arrow", "plan.arrow", "rejects.jsonl"
-ROWS = 65536  # of a catalog, as Python's objects at once
+ROWS = "rows-"  # begins the name of what workers read, which goes when the snapshot is finished
+ROW = ("videoid", "caption", "extra", "place", "root", "offset", "size", "problem")
+INDEXED = pa.schema(
+    [
+        pa.field(field.name, pa.large_string()) if pa.types.is_string(field.type) else field
+        for field in CLIP
+        if field.name not in ("frame_indices", "extra")
+    ]
+    + [pa.field(name, pa.int32()) for name in ("place", "part", "row")]
+)
 FIRST, SOME = 1000, 200  # videos among which one that is there is looked for
 CODE = (
     *("pipelines.clips", "pipelines.views", "pipelines.video", "pipelines.decoding"),
@@ -108,7 +118,7 @@ def build_cache(config: Config) -> Cache:
     folder.begin(config.model_dump_json(indent=1))
     snapshot.begin(config.model_dump_json(indent=1))
     plan = _planned(snapshot, folder.uri, catalog, config.cache.videos_per_part)
-    transient = _make(config, folder, catalog, plan, watch)
+    transient = _make(config, folder, snapshot, catalog, plan, watch)
     if transient:
         watch.pause()
         raise Unfinished(
@@ -235,17 +245,35 @@ def part_names(plan: pa.Table) -> list[str]:
 def hashes_of(catalog: Catalog) -> np.ndarray:
     """Of what a row says of its video, wherever the file lies."""
     told = catalog.table.select(["videoid", "caption", "problem", "extra"])
-    slices = (told.slice(start, ROWS).to_pandas() for start in range(0, len(told), ROWS))
+    slices = (told.slice(start, tables.ROWS).to_pandas() for start in range(0, len(told), tables.ROWS))
     return np.concatenate([pd.util.hash_pandas_object(rows, index=False).to_numpy() for rows in slices])
 
 
 # -- making them -----------------------------------------------------------------------------------------------------
 
 
-def _make(config: Config, folder: Artifact, catalog: Catalog, plan: pa.Table, watch: Watch) -> list[str]:
-    """What the makers said of parts that they could not make."""
-    import ray
+class Rows:
+    """A catalog's rows in the order of their parts: in a file, of which each machine of the cluster has its copy."""
 
+    def __init__(self, uri: str, roots: tuple[Root, ...]) -> None:
+        self._uri, self._roots = uri, roots
+        self._catalog: Catalog | None = None
+
+    def write(self, catalog: Catalog, order: np.ndarray) -> None:
+        table = catalog.table.select(ROW)
+        with storage.creating(self._uri) as path:
+            tables.write(str(path), table.schema, tables.in_order(table, order))
+
+    def videos(self, start: int, stop: int) -> list[Video]:
+        if self._catalog is None:
+            self._catalog = Catalog(_table(str(storage.kept_copy(self._uri))), "", "", self._roots)
+        return self._catalog.videos(start, stop)
+
+
+def _make(
+    config: Config, folder: Artifact, snapshot: Artifact, catalog: Catalog, plan: pa.Table, watch: Watch
+) -> list[str]:
+    """What the makers said of parts that they could not make."""
     views, part = config.cache.views_per_video, plan["part"].to_numpy()
     names, order = part_names(plan), np.argsort(part, kind="stable")
     ends = np.searchsorted(part[order], np.arange(len(names) + 1))
@@ -265,7 +293,10 @@ def _make(config: Config, folder: Artifact, catalog: Catalog, plan: pa.Table, wa
     cluster.connect()
     cluster.refuse_unseen(_examples(catalog))  # on a node that does not see a video it would be missing for ever
     watch.begin()
-    rows = ray.put(replace(catalog, table=catalog.table.take(order)))
+    uri = snapshot.path(f"{ROWS}{artifact.fingerprint(catalog.roots)}.arrow")
+    rows = Rows(uri, catalog.roots)
+    if not storage.exists(uri):
+        rows.write(catalog, order)
     arguments = {"config": config.model_dump(), "folder": folder.path("parts"), "catalog": rows}
     return make_parts("cache", "clips", parts, PartMaker, arguments, config.cache.gpus, watch)
 
@@ -303,68 +334,71 @@ def _finish(folder: Artifact, snapshot: Artifact, catalog: Catalog, plan: pa.Tab
     names = part_names(plan)
     videos = np.bincount(plan["part"].to_numpy(), minlength=len(names))
     order, ends = np.argsort(plan["part"].to_numpy(), kind="stable"), np.cumsum(videos)
-    parts, tables, rejects = [], [], []
-    uris = (folder.path("parts", f"{name}.index") for name in names)
-    for number, (name, (digest, table)) in enumerate(zip(names, tables_of(uris), strict=True)):
-        said = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
-        rows = order[ends[number] - videos[number] : ends[number]]
-        rejects += catalog.with_sources(json.loads(said["rejects"]), rows)
-        digests = {"index_sha256": digest} | {key: said[key] for key in ("sha256", "moments_sha256")}
-        counted = {"clips": len(table), "videos": int(videos[number]), "bytes": int(said["bytes"])}
-        parts.append({"name": name, **digests, **counted, "tensors": json.loads(said["tensors"])})
-        numbered = {
-            "part": pa.array(np.full(len(table), number, np.int32)),
-            "row": pa.array(range(len(table)), pa.int32()),
-        }
-        tables.append(pa.table({**dict(zip(table.column_names, table.columns, strict=True)), **numbered}))
-    index = _sorted(tables)
-    index = index.append_column("drawn_split", index["split"])
-    index = index.set_column(index.column_names.index("split"), "split", _split_together(index))
-    if len(index) and len(index["clip_id"].unique()) != len(index):
+    parts: list[dict[str, Any]] = []
+    rejected, reasons = 0, Counter[str]()
+    with storage.creating(snapshot.path(REJECTS)) as path, path.open("wb") as file:
+
+        def indexes() -> Iterator[pa.Table]:
+            """Of part after part; what else they say goes where it belongs."""
+            nonlocal rejected
+            uris = (folder.path("parts", f"{name}.index") for name in names)
+            for number, (name, (digest, table)) in enumerate(zip(names, tables_of(uris), strict=True)):
+                said = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+                rejects = json.loads(said["rejects"])
+                file.write(
+                    storage.to_rows(catalog.with_sources(rejects, order[ends[number] - videos[number] : ends[number]]))
+                )
+                reasons.update(reject["reason"] for reject in rejects)
+                rejected += sum(reject["clips"] for reject in rejects)
+                digests = {"index_sha256": digest} | {key: said[key] for key in ("sha256", "moments_sha256")}
+                counted = {"clips": len(table), "videos": int(videos[number]), "bytes": int(said["bytes"])}
+                parts.append({"name": name, **digests, **counted, "tensors": json.loads(said["tensors"])})
+                table = table.append_column("part", pa.array(np.full(len(table), number, np.int32)))
+                table = table.append_column("row", pa.array(range(len(table)), pa.int32()))
+                yield table.select(INDEXED.names).cast(INDEXED)
+
+        unsorted = tables.spooled(INDEXED, indexes())
+        file.flush()
+        digests = {REJECTS: _digest(path), PLAN: _digest(storage.kept_copy(snapshot.path(PLAN)))}
+    index = tables.spooled(INDEXED, tables.in_order(unsorted, pc.sort_indices(unsorted["clip_id"]).to_numpy()))
+    if _repeats(index["clip_id"]).any():
         raise AssertionError(f"{snapshot.uri}: a clip stands in it twice")
-    planned = int(videos.sum()) * views
-    clips, rejected = len(index), sum(reject["clips"] for reject in rejects)
+    planned, clips = int(videos.sum()) * views, len(index)
     if clips + rejected != planned:
         raise AssertionError(f"{snapshot.uri}: {planned} clips planned, but {clips} made and {rejected} rejected")
-    digests = {INDEX: _written(snapshot.path(INDEX), index)}
-    files = {REJECTS: storage.to_rows(rejects), PLAN: storage.read(snapshot.path(PLAN))}
-    storage.write(snapshot.path(REJECTS), files[REJECTS])
-    digests |= {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    counts = {"planned": planned, "clips": clips, "rejected": rejected, "rejected_videos": len(rejects)}
+    index = index.append_column("drawn_split", index["split"])
+    index = index.set_column(index.column_names.index("split"), "split", _split_together(index))
+    with storage.creating(snapshot.path(INDEX)) as path:
+        tables.write(str(path), index.schema, [index])
+        digests[INDEX] = _digest(path)
+    for name in storage.names(snapshot.uri):
+        if name.startswith(ROWS):
+            storage.remove(snapshot.path(name))
+    counts = {"planned": planned, "clips": clips, "rejected": rejected, "rejected_videos": reasons.total()}
     counts["bytes"] = sum(part["bytes"] for part in parts)
     snapshot.finish(counts, parts=parts, files=digests)
-    shown = ", ".join(f"{n} {reason}" for reason, n in Counter(r["reason"] for r in rejects).most_common())
+    shown = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
     print(
-        f"{KIND}: {clips} clips in {len(parts)} parts; {len(rejects)} videos rejected{f' ({shown})' if shown else ''}"
+        f"{KIND}: {clips} clips in {len(parts)} parts; {reasons.total()} videos rejected"
+        + (f" ({shown})" if shown else "")
     )
 
 
-def _sorted(tables: list[pa.Table]) -> pa.Table:
-    """What the parts' indexes hold, by clip_id, a column at a time. Of strings an Arrow array has 2 GiB at most, and of
-    large ones any number.
-    """
-    table = pa.concat_tables(tables)
-    tables.clear()
-    order = pc.sort_indices(table["clip_id"])
-    columns = {}
-    for name in table.column_names:
-        column = table[name].cast(pa.large_string()) if pa.types.is_string(table[name].type) else table[name]
-        columns[name] = pc.take(column.combine_chunks(), order)
-    return pa.table(columns)
+def _repeats(ordered: pa.ChunkedArray) -> np.ndarray:
+    """Which values are the same as the one before."""
+    repeats = np.zeros(len(ordered), bool)
+    repeats[1:] = pc.equal(ordered.slice(1), ordered.slice(0, max(0, len(ordered) - 1))).to_numpy()
+    return repeats
 
 
-def _written(uri: str, table: pa.Table) -> str:
-    """Straight into a file, as it is too large to stand in memory once more; answers the digest."""
-    with storage.creating(uri) as path:
-        with pa.ipc.new_file(str(path), table.schema) as writer:
-            writer.write_table(table)
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _split_together(index: pa.Table) -> pa.Array:
+def _split_together(index: pa.Table) -> pa.ChunkedArray:
     """Videos that have near-duplicates in common are in one split: that of the first of them."""
-    video = pc.index_in(index["videoid"], index["videoid"].unique()).to_numpy()
+    video = np.cumsum(~_repeats(index["videoid"])) - 1  # its clips stand together, as their ids begin with VIDEOID:
     group = near_duplicates(index["hash"].to_numpy())
     first = np.arange(len(index))  # of the clips that each clip is tied to
     while True:
@@ -374,16 +408,23 @@ def _split_together(index: pa.Table) -> pa.Array:
             np.minimum.at(least, tie, first)
             first = least[tie]
         if np.array_equal(first, before):
-            return index["split"].take(pa.array(first)).combine_chunks()
+            rows = tables.in_order(index.select(["split"]), first)
+            return pa.chunked_array([chunk for some in rows for chunk in some["split"].chunks], index["split"].type)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def tables_of(uris: Iterable[str]) -> Iterable[tuple[str, pa.Table]]:
+def tables_of(uris: Iterable[str]) -> Iterator[tuple[str, pa.Table]]:
     """With the digests of their files; in order, several read at once."""
+    waiting: deque[Future[tuple[str, pa.Table]]] = deque()
     with ThreadPoolExecutor(storage.AT_ONCE) as pool:
-        yield from pool.map(_with_digest, uris)
+        for uri in uris:
+            waiting.append(pool.submit(_with_digest, uri))
+            if len(waiting) > storage.AT_ONCE:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _with_digest(uri: str) -> tuple[str, pa.Table]:

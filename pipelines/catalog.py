@@ -1,6 +1,7 @@
 """What is to be encoded: rows of WebVid csvs, samples in tar shards, files in folders, or all of them together.
 
-Up to 10 million rows: they stand in a table of Arrow columns, and become `Video`s a slice at a time.
+Rows stand in a table of Arrow columns, in a file without a name that is mapped into memory: of ten million the kernel
+keeps what it has room for. They become `Video`s a slice at a time.
 
 A videoid is a csv's own; of a tar's sample its shard and its name, `00000~000000012`; of a file in a folder its path
 there without extension, `cats~one`. In the last two / is ~, and what is not a letter, a digit or one of _ . - is %XX.
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from pipelines import storage, tars
+from pipelines import storage, tables, tars
 from pipelines.artifact import code
 from pipelines.config import CatalogConfig
 from pipelines.errors import UserError, shown
@@ -39,6 +40,7 @@ BATCH = 65536  # rows handled at once
 LONGEST = 131072  # bytes of a caption: more are rows that an open quote has swallowed
 END = "\0the end of the csv\0"  # as a row behind the last one: what is still open there has swallowed it
 THREADS = 16  # that wait for a disk or for S3
+TARS = 256  # whose samples wait in memory
 
 # Why a video is rejected without being looked at.
 PROBLEMS = {
@@ -58,7 +60,7 @@ SCHEMA = pa.schema(
         "videoid": pa.large_string(),
         "caption": pa.large_string(),
         "extra": pa.large_string(),  # whatever else is said of it, in JSON
-        "place": pa.dictionary(pa.int32(), pa.large_string()),  # under its root: a page folder, a tar, or the file
+        "place": pa.large_string(),  # under its root: a page folder, a tar, or the file
         "root": pa.int32(),
         "offset": pa.int64(),
         "size": pa.int64(),
@@ -119,10 +121,10 @@ class Catalog:
         if not rejects:
             return []
         wanted = pa.array({reject["videoid"] for reject in rejects}, pa.large_string())
-        rows = rows[pc.is_in(self.table["videoid"].take(rows), wanted).to_numpy()]  # few of them
-        chosen = replace(self, table=self.table.take(rows))
+        mine = tables.taken(self.table, rows)
+        chosen = replace(self, table=mine.filter(pc.is_in(mine["videoid"], wanted)))
         found: defaultdict[tuple[str, str], deque[str]] = defaultdict(deque)
-        named = zip(chosen.videos(0, len(rows)), *(chosen.table[name].to_pylist() for name in WHERE), strict=True)
+        named = zip(chosen.videos(0, len(chosen)), *(chosen.table[name].to_pylist() for name in WHERE), strict=True)
         for video, *where in named:
             said = self._named_by(video, *where) if video.problem else self._may_stand(video, *where)
             found[video.videoid, video.problem].append(shown(said))
@@ -182,41 +184,36 @@ def read_catalog(config: CatalogConfig, default: str) -> Catalog:
     elif config.videos and not given["csv"]:
         raise UserError(f"catalog.videos={','.join(folders)}: goes with catalog.csv, which names the files in it")
 
-    tables: list[pa.Table] = []
-    roots: list[Root] = []
-    csvs: list[str] = []
-    subset = _Subset(config.subset)
+    copies: list[tuple[Path, list[str]]] = []
     if given["csv"]:
-        csvs = _matching("csv", given["csv"], "a csv with the columns videoid and name")
-        copies = [_copied_csv(uri) for uri in csvs]
+        given["csv"] = tuple(_matching("csv", given["csv"], "a csv with the columns videoid and name"))
+        copies = [_copied_csv(uri) for uri in given["csv"]]
         for folder in folders:
             if storage.is_local(folder) and not storage.exists(folder):
                 raise UserError(
                     f"catalog.videos={folder}: there is no such folder; "
                     f"the files of {given['csv'][0]} are looked for in it"
                 )
-        roots.append(Root(folders, csv=True))
-        for number, (file, header) in enumerate(copies):
-            tables += _read_csv(csvs[number], file, header, subset, number)
-    if given["tars"]:
-        files = _matching("tars", given["tars"], "tar shards, for example /data/shards/*.tar")
-        parents = sorted({_split(uri)[0] for uri in files})
-        place = {parent: len(roots) + i for i, parent in enumerate(parents)}
-        roots += (Root((parent,)) for parent in parents)
-        found = _threaded(lambda uri: _read_tar(uri, place[_split(uri)[0]], subset), files)
-        if all(begins for _, begins in found):
-            raise UserError(f"catalog.tars={files[0]}: is no tar; it begins with {found[0][1]}")
-        tables += (table for table, _ in found)
-    for folder in given["folder"]:
-        tables.append(subset.of(_read_folder(folder, len(roots))))
-        roots.append(Root((folder,)))
+    shards = _matching("tars", given["tars"], "tar shards, for example /data/shards/*.tar") if given["tars"] else []
+    parents = sorted({_split(uri)[0] for uri in shards})
+    roots = [Root(folders, csv=True)] if given["csv"] else []
+    root_of = {parent: len(roots) + i for i, parent in enumerate(parents)}
+    roots += (Root((folder,)) for folder in (*parents, *given["folder"]))
 
-    if not any(table.num_rows for table in tables):
+    def read() -> Iterator[pa.Table]:
+        for number, (file, header) in enumerate(copies):
+            yield _read_csv(given["csv"][number], file, header, subset, number)
+        yield from _read_tars(shards, root_of, subset)
+        for number, folder in enumerate(given["folder"]):
+            yield subset.of(_read_folder(folder, len(roots) - len(given["folder"]) + number))
+
+    subset = _Subset(config.subset)
+    found = tables.spooled(SCHEMA, read())
+    if not len(found):
         chosen = f" of which catalog.subset={config.subset} leaves any" if config.subset else ""
         raise UserError(f"{source}: holds no videos{chosen}")
-    tables = [pa.concat_tables(tables)]
-    table = _sorted(tables.pop(), config.limit)  # which nobody else holds
-    return Catalog(table, _digest(table), source, tuple(roots), tuple(csvs))
+    table = _sorted(found, config.limit)
+    return Catalog(table, _digest(table), source, tuple(roots), given["csv"])
 
 
 def _many(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -286,7 +283,7 @@ def _copied_csv(uri: str) -> tuple[Path, list[str]]:
         return file, _header(file, uri)
 
 
-def _read_csv(uri: str, file: Path, header: list[str], subset: "_Subset", number: int) -> list[pa.Table]:
+def _read_csv(uri: str, file: Path, header: list[str], subset: "_Subset", number: int) -> pa.Table:
     """By pyarrow, or where that refuses (a ragged row) by Python's csv, which tells the row from the others."""
 
     def read(parsed: Iterator[dict[str, Any]]) -> Iterator[pa.Table]:
@@ -298,9 +295,9 @@ def _read_csv(uri: str, file: Path, header: list[str], subset: "_Subset", number
 
     with _named("csv", uri):
         try:
-            return list(read(_parse_fast(file, header)))
+            return tables.spooled(SCHEMA, read(_parse_fast(file, header)))
         except pa.ArrowInvalid:
-            return list(read(_parse_row_by_row(file, header, uri)))
+            return tables.spooled(SCHEMA, read(_parse_row_by_row(file, header, uri)))
 
 
 def _plausible(table: pa.Table, uri: str) -> pa.Table:
@@ -437,7 +434,18 @@ def _extra(columns: dict[str, pa.Array]) -> list[str]:
 # tars and folders
 
 
-def _read_tar(uri: str, root: int, subset: "_Subset") -> tuple[pa.Table, str]:
+def _read_tars(uris: list[str], root_of: dict[str, int], subset: "_Subset") -> Iterator[pa.Table]:
+    begins = []
+    for start in range(0, len(uris), TARS):
+        some = uris[start : start + TARS]
+        for table, begin in _threaded(lambda uri: _read_tar(uri, root_of[_split(uri)[0]]), some):
+            begins.append(begin)
+            yield subset.of(table)
+    if begins and all(begins):
+        raise UserError(f"catalog.tars={uris[0]}: is no tar; it begins with {begins[0]}")
+
+
+def _read_tar(uri: str, root: int) -> tuple[pa.Table, str]:
     """And how the file begins, where it is no tar."""
 
     def samples() -> bytes:
@@ -460,7 +468,7 @@ def _read_tar(uri: str, root: int, subset: "_Subset") -> tuple[pa.Table, str]:
         size=[sample.size for sample in found],
         problem=[CODES[sample.problem] for sample in found],
     )
-    return subset.of(table), begins
+    return table, begins
 
 
 def _read_folder(uri: str, root: int) -> pa.Table:
@@ -500,10 +508,7 @@ def _table(**given: Any) -> pa.Table:
             values = np.full(len(given["videoid"]), values)
         if field.name == "extra":
             values = _without_secrets(pa.array(values, field.type))
-        if field.name == "place":
-            columns.append(pa.array(values, pa.large_string()).dictionary_encode())
-        else:
-            columns.append(pa.array(values, field.type))
+        columns.append(pa.array(values, field.type))
     return pa.table(columns, schema=SCHEMA)
 
 
@@ -535,24 +540,18 @@ def _place_of(videoid: str) -> int:
 
 
 def _sorted(table: pa.Table, limit: int | None) -> pa.Table:
-    """The table by videoid, a column at a time, so that two copies of one column are the most there is."""
-    order = pc.sort_indices(table["videoid"])[:limit]
-    columns = {}
-    for name in SCHEMA.names:
-        column = table[name].combine_chunks()
-        table = table.drop_columns([name])
-        columns[name] = pc.take(column, order)
-        del column
-        pa.default_memory_pool().release_unused()  # or each column's memory would be kept for others
-    columns["problem"] = _with_duplicates(columns["videoid"], columns["problem"])
-    return pa.table(columns)
+    """By videoid, and then in order of appearance."""
+    order = pc.sort_indices(table["videoid"])[:limit].to_numpy()
+    table = tables.spooled(SCHEMA, tables.in_order(table, order))
+    problems = _with_duplicates(table["videoid"], table["problem"].to_numpy())
+    return table.set_column(SCHEMA.names.index("problem"), "problem", problems)
 
 
-def _with_duplicates(videoids: pa.Array, codes: pa.Array) -> pa.Array:
+def _with_duplicates(videoids: pa.ChunkedArray, codes: np.ndarray) -> pa.Array:
     """Of the rows with one id, the first that nothing else rejects keeps it."""
-    codes = codes.to_numpy().copy()
+    codes = codes.copy()
     other = np.ones(len(videoids), bool)
-    other[1:] = pc.not_equal(videoids.slice(1), videoids.slice(0, len(videoids) - 1)).to_numpy(zero_copy_only=False)
+    other[1:] = pc.not_equal(videoids.slice(1), videoids.slice(0, len(videoids) - 1)).to_numpy()
     ids = np.cumsum(other, dtype=np.int32)
     good = np.flatnonzero(codes == 0)
     codes[good[np.diff(ids[good], prepend=0) == 0]] = CODES["duplicate_id"]
@@ -564,12 +563,12 @@ def _digest(table: pa.Table) -> str:
     digest = hashlib.sha256()
     for start in range(0, table.num_rows, BATCH):
         for name in ("videoid", "caption", "extra", "place", "offset", "size", "problem"):
-            for values in table[name].slice(start, BATCH).chunks:
-                if name in ("offset", "size"):
-                    digest.update(values.to_numpy())
-                    continue
-                values = values.cast(pa.large_string())
-                digest.update(pc.binary_length(values).to_numpy())
-                offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
-                digest.update(memoryview(values.buffers()[2] or b"")[offsets[0] : offsets[-1]])
+            values = table[name].slice(start, BATCH).combine_chunks()
+            if name in ("offset", "size"):
+                digest.update(values.to_numpy())
+                continue
+            values = values.cast(pa.large_string())  # of `problem`, a dictionary
+            digest.update(pc.binary_length(values).to_numpy())
+            offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1]
+            digest.update(memoryview(values.buffers()[2] or b"")[offsets[0] : offsets[-1]])
     return digest.hexdigest()[:16]

@@ -11,7 +11,7 @@ import posixpath
 import time
 from bisect import bisect_left
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ from cil.metrics.clips import clip_scores
 from cil.metrics.duplicates import picture_hash
 from cil.moments import Moments
 from pipelines import storage
-from pipelines.catalog import PROBLEMS, Catalog, Video
+from pipelines.catalog import PROBLEMS, Video
 from pipelines.config import Config
 from pipelines.decoding import DecodePool, TooLarge
 from pipelines.models import aesthetics_of, device_of, family_of
@@ -55,6 +55,12 @@ CLIP = pa.schema(
 )
 
 
+class Videos(Protocol):
+    """A Catalog, or what stands for one in a worker."""
+
+    def videos(self, start: int, stop: int) -> list[Video]: ...
+
+
 class PartMaker:
     """Made once a worker, then called with the videos of a part; answers the bytes of its index.
 
@@ -62,12 +68,8 @@ class PartMaker:
     as they are.
     """
 
-    def __init__(self, config: dict[str, Any], folder: str, catalog: Any) -> None:
-        """`catalog`: a Catalog, or the place in Ray's store where workers of a node share one."""
-        import ray
-
-        self.config, self.folder = Config.model_validate(config), folder
-        self.catalog: Catalog = ray.get(catalog) if isinstance(catalog, ray.ObjectRef) else catalog
+    def __init__(self, config: dict[str, Any], folder: str, catalog: Videos) -> None:
+        self.config, self.folder, self.catalog = Config.model_validate(config), folder, catalog
         policy, self.device = self.config.cache, device_of(self.config)
         self.family = family_of(self.config).to(self.device)
         aesthetics = aesthetics_of(self.config)

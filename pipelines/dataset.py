@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines import tables
 from pipelines.cache import Cache
 from pipelines.config import Where
 from pipelines.reader import ClipReader
@@ -30,6 +31,6 @@ class _Clips:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         numbers = batch["id"].tolist()
-        known = self._reader.index.drop_columns(["part", "row", "place"]).take(self._reader.rows[numbers])
+        known = tables.taken(self._reader.index.drop_columns(["part", "row", "place"]), self._reader.rows[numbers])
         tensors = {name: tensor.numpy() for name, tensor in self._reader.batch(numbers).items()}
         return {name: known[name].to_numpy() for name in known.column_names} | tensors

@@ -183,10 +183,11 @@ def test_all_clips_of_a_video_go_with_the_one_that_has_a_duplicate():
 
 def test_a_chain_over_videos_is_followed_to_its_end():
     random = np.random.default_rng(0).integers(2**63, 2**64, 40, np.uint64).tolist()  # far apart
-    chain = [(f"{i}", "test" if i == 0 else "train", random[i + k]) for i in range(39) for k in (0, 1)]
-    order = np.random.default_rng(1).permutation(len(chain) - 2) + 2
-    assert set(split_of_each(*chain[:2], *(chain[i] for i in order))) == {"test"}
-    assert set(split_of_each(*(chain[i] for i in order), *chain[:2])) == {"train"}
+    chain = [[("test" if i == 0 else "train", random[i + k]) for k in (0, 1)] for i in range(39)]
+    order = np.random.default_rng(1).permutation(38) + 1
+    for numbers, split in (([0, *order], "test"), ([*order, 0], "train")):
+        clips = [(f"{place}", *clip) for place, number in enumerate(numbers) for clip in chain[number]]
+        assert set(split_of_each(*clips)) == {split}
 
 
 def test_pictures_without_a_hash_tie_nobody():
