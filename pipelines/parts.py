@@ -77,7 +77,7 @@ def make_parts(
     made = ray.data.from_items([asdict(part) for part in missing], override_num_blocks=len(missing)).map(
         _PartWriter,  # type: ignore[arg-type]  # Ray takes a class as well
         fn_constructor_args=(maker, arguments),
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        compute=ray.data.ActorPoolStrategy(min_size=workers, max_size=len(missing)),  # more where nodes come
         num_cpus=1,
         num_gpus=gpus or None,
     )

@@ -87,6 +87,18 @@ def test_two_nodes_share_the_work_and_the_cache_has_the_bytes_of_one_of_a_single
     assert files(tmp_path / "cache") == expected()
 
 
+def test_a_node_that_comes_later_takes_its_share(arguments, machines, environment, first, expected, tmp_path):
+    with contextlib.ExitStack() as stack:
+        told = {"inside": machines[0].inside, **environment}
+        build = stack.enter_context(begun("build_cache", *arguments, f"out={tmp_path}", **told))
+        wait_for_another_part(tmp_path)
+        with held(first):
+            stack.enter_context(another_node(machines[1], environment))
+            wait_for_another_part(tmp_path)
+        finished(build)
+    assert files(tmp_path / "cache") == expected()
+
+
 def test_a_build_goes_on_when_a_node_is_lost(build, first, second, expected, tmp_path):
     with held(first):
         wait_for_another_part(tmp_path)
