@@ -51,7 +51,7 @@ def known() -> dict[str, Known]:
         "copying a checkpoint": measured("checkpoint of 537 MB to 50 MB/s: standing still", "s for 537 MB"),
         "reading clips": measured("read: S3 + 30 ms, 10 million clips: 50 MB/s", "MB/s a rank"),
         "bytes of a video": Known(2e6, "bytes", "as `storage: boto3's get_object` reads them"),
-        "bytes of a row": Known(276, "bytes", "of the catalog in memory, `Table.nbytes` of benchmarks.catalog's csv"),
+        "bytes of a row": Known(276, "bytes", "of the catalog, `Table.nbytes` of benchmarks.catalog's csv"),
         "bytes of a clip": Known(635_904, "bytes", "docs/cache.md, DynamiCrafter at 16 x 320 x 512"),
         "encoding": Known(16 * 0.68985847808e12, "FLOP a clip", f"{counted}: the VAE's encoder, 16 frames"),
         "a forward pass": Known(12.6028333056e12, "FLOP a clip", f"{counted}: DynamiCrafter's UNet"),
@@ -312,7 +312,7 @@ def bytes_table() -> str:
         cores = clips * (1 / rate("decoding") + rate("scores") / 1000) / HOUR
         rows.append([name, f"{clips:,}", *sizes, *objects, f"{cores:,.0f}"])
     heads = ["", "clips", "TB read", "TB kept", "a month", "parts", "files", "actors, at most", "objects of the driver"]
-    heads += ["GiB of the driver", "GiB of each node's object store", "core-hours of decoding"]
+    heads += ["GiB of the driver", "GiB of each node's disk", "core-hours of decoding"]
     return _table(heads, rows)
 
 

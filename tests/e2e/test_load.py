@@ -1,5 +1,5 @@
-"""A catalog of 200,000 videos: planned by a build that is then killed, taken up again, finished; in time and memory
-that grow with it and no faster.
+"""A catalog of 200,000 videos: planned by a build that is then killed, taken up again, finished; in time that grows with
+it and no faster, and in the memory of some numbers a video.
 
 Nearly all parts are written by benchmarks.catalog, faster than any network encodes; the last ones by the job itself, of
 links to one tiny video.
@@ -22,9 +22,9 @@ from pipelines.video import encode
 
 pytestmark = pytest.mark.slow
 
-ROWS, FEWER = 200_000, 50_000
+ROWS, FEWER = 200_000, 100_000
 LEFT = 2  # parts that are left to the job
-DRIVER = 1.3e9  # bytes, of which 0.6 are imported
+DRIVER = 1.3e9  # bytes, of which 0.6 are imported and some mapped
 
 
 def arguments(folder: Path) -> list[str]:
@@ -70,8 +70,8 @@ def test_a_build_of_200000_videos_that_is_killed_goes_on_and_ends_in_little_memo
     assert time.monotonic() - begin < 60
 
 
-def test_four_times_the_videos_take_four_times_the_seconds_and_a_kilobyte_and_a_half_a_row(tmp_path):
+def test_twice_the_videos_take_twice_the_seconds_and_some_numbers_a_row(tmp_path):
     few, many = (catalog.stages(tmp_path / str(rows), rows) for rows in (FEWER, ROWS))
     for stage in ("plan", "finish"):
-        assert many[stage]["seconds"] < 6 * few[stage]["seconds"], stage
-        assert catalog.a_row(few[stage]["peak"], many[stage]["peak"], ROWS) < 1500, stage
+        assert many[stage]["seconds"] < 3 * few[stage]["seconds"], stage
+        assert (many[stage]["peak"] - few[stage]["peak"]) / (ROWS - FEWER) < 350, stage
