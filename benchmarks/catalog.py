@@ -5,8 +5,8 @@
 A csv as WebVid's, of 800,000 rows, against one of 200,000: the same rate is linear time. In CPU seconds of processes of
 their own, whose imports do not count. Planning is build_cache up to where workers would start; then the parts' indexes
 are written as fast as can be, every twentieth video a reject, and finishing is build_cache again. Memory is what a row
-adds to the most that the process holds beside mapped files, of which the kernel keeps what it has room for. Last, parts handed out by Ray Data to two workers who have nothing to do, four times as many
-against as many.
+adds to the most that the process holds beside mapped files, of which the kernel keeps what it has room for. Last,
+parts handed out by Ray Data to two workers who have nothing to do, four times as many against as many.
 """
 
 import json

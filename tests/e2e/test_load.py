@@ -1,5 +1,5 @@
-"""A catalog of 200,000 videos: planned by a build that is then killed, taken up again, finished; in time that grows with
-it and no faster, and in the memory of some numbers a video.
+"""A catalog of 200,000 videos: planned by a build that is then killed, taken up again, finished; in time that grows
+with it and no faster, and in the memory of some numbers a video.
 
 Nearly all parts are written by benchmarks.catalog, faster than any network encodes; the last ones by the job itself, of
 links to one tiny video.

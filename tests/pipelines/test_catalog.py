@@ -773,46 +773,47 @@ import re, sys, threading, time
 from pathlib import Path
 from pipelines.catalog import read_catalog
 from pipelines.config import CatalogConfig
-read_catalog(CatalogConfig(csv=sys.argv[2], videos="/tmp"), "")  # what is loaded once
-def held():
-    """KiB that the kernel cannot take back, as it can what is mapped from a file."""
-    return int(re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
-most, done = 0, threading.Event()
-before = held()
-def watch():
-    global most
-    while not done.wait(0.002):
-        most = max(most, held())
-watcher = threading.Thread(target=watch)
-watcher.start()
-def read():
+def read(path):
     start = time.process_time()
-    read = read_catalog(CatalogConfig(csv=sys.argv[1], videos="/tmp"), "")
+    read = read_catalog(CatalogConfig(csv=path, videos="/tmp"), "")
     return read, time.process_time() - start
-catalog, _ = read()
-done.set(); watcher.join()
-seconds = min(read()[1] for _ in range(2))  # busy cores are slower ones
+def most(path):  # MiB meanwhile that the kernel cannot take back, as it can what is mapped from a file
+    found, done = 0, threading.Event()
+    def watch():
+        nonlocal found
+        while not done.wait(0.002):
+            held = re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())
+            found = max(found, int(held[1]) / 2**10)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    read(path)
+    done.set(); watcher.join()
+    return found
+few, many = sys.argv[1:]
+read(few)  # what is loaded once
+grown = -most(few) + most(many)
+catalog, seconds = min((read(many) for _ in range(2)), key=lambda found: found[1])  # busy cores are slower ones
 start = time.process_time()
 rows = catalog.videos(len(catalog) // 2, len(catalog) // 2 + 100)
-print(len(catalog), seconds, (most - before) / 2**10, time.process_time() - start, len(rows))
+print(len(catalog), seconds, grown, time.process_time() - start, len(rows))
 """
 
 
-def test_two_hundred_thousand_rows_are_read_in_four_seconds_and_the_memory_of_a_batch(tmp_path):
-    """1.4 s on a free core; slow ones take half as long again. As a table of Arrow columns they are 55 MB."""
+def test_a_catalog_of_four_times_the_rows_takes_two_seconds_a_hundred_thousand_and_hardly_more_memory(tmp_path):
+    """.7 s on a free core; and 30 to 55 MB, which were 110 to 140 while the table stood in memory."""
     draw = random.Random(0)
     words = ["a dog", "a cat", "and", "the old man", "runs", "over a hill,", "by the sea", "at night", "aerial view"]
-    with (tmp_path / "v.csv").open("w") as file:
-        file.write(HEADER)
-        for i in range(200_000):
-            videoid, page = draw.randrange(10**10), f"{i // 50 * 50:06d}_{i // 50 * 50 + 49:06d}"
-            url = f"https://example.org/videos/{videoid}/preview/stock-footage-of-something-or-other.mp4"
-            file.write(f'{videoid},{url},PT00H00M30S,{page},"{" ".join(draw.choices(words, k=8))}"\n')
-    (tmp_path / "one.csv").write_text(HEADER + "1,u,,p,x\n")
-    command = [sys.executable, "-c", GROWTH, str(tmp_path / "v.csv"), str(tmp_path / "one.csv")]
+    lines = []
+    for i in range(280_000):
+        videoid, page = draw.randrange(10**10), f"{i // 50 * 50:06d}_{i // 50 * 50 + 49:06d}"
+        url = f"https://example.org/videos/{videoid}/preview/stock-footage-of-something-or-other.mp4"
+        lines.append(f'{videoid},{url},PT00H00M30S,{page},"{" ".join(draw.choices(words, k=8))}"\n')
+    (tmp_path / "few.csv").write_text(HEADER + "".join(lines[:70_000]))
+    (tmp_path / "many.csv").write_text(HEADER + "".join(lines))
+    command = [sys.executable, "-c", GROWTH, str(tmp_path / "few.csv"), str(tmp_path / "many.csv")]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
     count, seconds, megabytes, slice_seconds, rows = (float(number) for number in said.split())
-    assert (count, rows) == (200_000, 100)
-    assert seconds < 4, said
+    assert (count, rows) == (280_000, 100)
+    assert seconds < 2 * 2.8, said
     assert megabytes < 80, said
     assert slice_seconds < 0.02, said
