@@ -119,7 +119,7 @@ class _PartWriter:
             if made.data is not None:
                 storage.write(part["uri"], made.data)
         except OSError as error:
-            if storage.exists(part["uri"]):  # another run was faster, and is at its end
+            if storage.exists(part["uri"]):  # another run was faster, and has tidied up
                 return {"size": part["size"], "problem": "", "failed": "", "lasting": False, "told": "{}"}
             failed = " ".join(f"{part['uri']}: {error}".split())
             lasting = error.errno in LASTING or isinstance(error, PermissionError | FileNotFoundError)

@@ -291,6 +291,29 @@ def test_videos_that_fail_for_passing_reasons_keep_a_snapshot_unfinished_until_t
     assert [row["reason"] for row in storage.read_rows(f"{accepted.manifest.uri}/rejects.jsonl")].count("io") == 1
 
 
+def test_a_build_goes_on_where_the_videos_have_moved_meanwhile_and_leaves_nothing_of_its_own(
+    tmp_path, settings, here, videos, monkeypatch, cache
+):
+    from pipelines import clips
+
+    real = storage.read
+
+    def away(uri: str, *most: int) -> bytes:
+        if uri.endswith(".mp4"):
+            raise OSError("the disk is away")
+        return real(uri, *most)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(clips.storage, "read", away)
+        with pytest.raises(Unfinished):
+            build_cache(settings(tmp_path / "out"))
+    assert list(tmp_path.glob("out/cache/snapshots/*/rows-*.arrow"))
+    moved = shutil.copytree(videos, tmp_path / "moved")
+    gone = settings(tmp_path / "out", f"catalog.videos={moved}")
+    assert build_cache(gone).fingerprint == cache.fingerprint
+    assert not list(tmp_path.glob("out/cache/snapshots/*/rows-*"))
+
+
 def test_a_cache_that_is_missing_and_a_snapshot_that_is_unknown_are_one_line_each(tmp_path, built, settings):
     with pytest.raises(UserError, match=r"^the latent cache at .*/cache does not exist: .*jobs\.build_cache.*$"):
         read_cache(settings(tmp_path / "nowhere"))
