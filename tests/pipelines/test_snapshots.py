@@ -306,12 +306,12 @@ def test_a_build_goes_on_where_the_videos_have_moved_meanwhile_and_leaves_nothin
     with monkeypatch.context() as patched:
         patched.setattr(clips.storage, "read", away)
         with pytest.raises(Unfinished):
-            build_cache(settings(tmp_path / "out"))
-    assert list(tmp_path.glob("out/cache/snapshots/*/rows-*.arrow"))
+            build_cache(settings(tmp_path / "mine"))
+    assert list(tmp_path.glob("mine/cache/snapshots/*/rows-*.arrow"))
     moved = shutil.copytree(videos, tmp_path / "moved")
-    gone = settings(tmp_path / "out", f"catalog.videos={moved}")
+    gone = settings(tmp_path / "mine", f"catalog.videos={moved}")
     assert build_cache(gone).fingerprint == cache.fingerprint
-    assert not list(tmp_path.glob("out/cache/snapshots/*/rows-*"))
+    assert not list(tmp_path.glob("mine/cache/snapshots/*/rows-*"))
 
 
 def test_a_cache_that_is_missing_and_a_snapshot_that_is_unknown_are_one_line_each(tmp_path, built, settings):
