@@ -16,6 +16,7 @@ from pipelines.config import Config
 FULL = [
     "out=outputs/paper-full",
     "seed=1",
+    "generate.clips=128",
     "finetune.rows.base.seeds=[1, 2]",
     f"finetune.row.seeds={[*range(201, 216)]}",
     "tracking.experiment=paper in miniature, full",
