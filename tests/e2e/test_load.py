@@ -22,7 +22,7 @@ from pipelines.video import encode
 
 pytestmark = pytest.mark.slow
 
-ROWS, FEWER = 200_000, 100_000
+ROWS = 200_000
 LEFT = 2  # parts that are left to the job
 DRIVER = 1.3e9  # bytes, of which 0.6 are imported and some mapped
 
@@ -70,8 +70,9 @@ def test_a_build_of_200000_videos_that_is_killed_goes_on_and_ends_in_little_memo
     assert time.monotonic() - begin < 60
 
 
-def test_twice_the_videos_take_twice_the_seconds_and_some_numbers_a_row(tmp_path):
-    few, many = (catalog.stages(tmp_path / str(rows), rows) for rows in (FEWER, ROWS))
+def test_four_times_the_videos_take_four_times_the_seconds_and_the_memory_of_some_numbers_each(tmp_path):
+    """77 and 171 bytes a row, and what an allocator keeps; with tables in memory they were 434 and 1,099."""
+    few, many = (catalog.stages(tmp_path / str(rows), rows) for rows in (ROWS // 2, 2 * ROWS))
     for stage in ("plan", "finish"):
-        assert many[stage]["seconds"] < 3 * few[stage]["seconds"], stage
-        assert (many[stage]["peak"] - few[stage]["peak"]) / (ROWS - FEWER) < 350, stage
+        assert many[stage]["seconds"] < 6 * few[stage]["seconds"], stage
+        assert catalog.a_row(few[stage]["peak"], many[stage]["peak"], 2 * ROWS) < 380, stage
