@@ -132,8 +132,13 @@ class Stop(Exception):
 
 
 def plan(folder: str) -> None:
-    without = mock.patch.multiple(cache, cluster=mock.DEFAULT, refuse_lost=mock.DEFAULT, make_parts=_stop)
-    with suppress(Stop), _told(), without:
+    Path(folder, "1000000.mp4").touch()  # one of those that are looked for
+    with ExitStack() as patched:
+        patched.enter_context(mock.patch.object(cache, "make_parts", _stop))
+        patched.enter_context(mock.patch.object(cache.cluster, "connect"))
+        patched.enter_context(mock.patch.object(cache.cluster, "refuse_unseen", list))  # as if there were more nodes
+        patched.enter_context(suppress(Stop))
+        patched.enter_context(_told())
         cache.build_cache(config_of(Path(folder)))
 
 

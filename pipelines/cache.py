@@ -57,7 +57,7 @@ INDEXED = pa.schema(
 FIRST, SOME = 1000, 200  # videos among which one that is there is looked for
 CODE = (
     *("pipelines.clips", "pipelines.views", "pipelines.video", "pipelines.decoding"),
-    *("pipelines.catalog", "pipelines.tars", "cil.images", "cil.moments", "cil.draws"),
+    *("pipelines.catalog", "pipelines.tables", "pipelines.tars", "cil.images", "cil.moments", "cil.draws"),
     *("cil.metrics.motion", "cil.metrics.clips", "cil.metrics.duplicates", "cil.metrics.aesthetics"),
 )
 SHAPING = (  # of the keys of `cache`, what shapes a clip or a part
@@ -253,7 +253,7 @@ def hashes_of(catalog: Catalog) -> np.ndarray:
 
 
 class Rows:
-    """A catalog's rows in the order of their parts: in a file, of which each machine of the cluster has its copy."""
+    """A catalog's rows in the order of their parts: in a file that workers map, of one on S3 each machine's copy."""
 
     def __init__(self, uri: str, roots: tuple[Root, ...]) -> None:
         self._uri, self._roots = uri, roots
@@ -293,7 +293,8 @@ def _make(
     cluster.connect()
     cluster.refuse_unseen(_examples(catalog))  # on a node that does not see a video it would be missing for ever
     watch.begin()
-    uri = snapshot.path(f"{ROWS}{artifact.fingerprint(catalog.roots)}.arrow")
+    places = [hashlib.sha256(numbers.tobytes()).hexdigest() for numbers in (order, catalog.table["root"].to_numpy())]
+    uri = snapshot.path(f"{ROWS}{artifact.fingerprint([catalog.roots, *places])}.arrow")  # which no digest knows
     rows = Rows(uri, catalog.roots)
     if not storage.exists(uri):
         rows.write(catalog, order)
@@ -308,7 +309,7 @@ def refuse_lost(catalog: Catalog, made: np.ndarray) -> None:
     root_of = catalog.table["root"].to_numpy()
     for number in np.setdiff1d(np.unique(root_of), root_of[made]):
         own = np.flatnonzero(root_of == number)
-        looked_for = catalog.table.take(own[np.unique(np.linspace(0, len(own) - 1, SOME).astype(int))])
+        looked_for = tables.taken(catalog.table, own[np.unique(np.linspace(0, len(own) - 1, SOME).astype(int))])
         videos = replace(catalog, table=looked_for).videos(0, SOME)
         sources = [video.sources for video in videos if video.sources]
         if sources and not any(storage.exists(source) for each in sources for source in each):
@@ -320,8 +321,9 @@ def refuse_lost(catalog: Catalog, made: np.ndarray) -> None:
 
 def _examples(catalog: Catalog) -> Iterable[str]:
     """Of each local folder of videos one that is there, if one of the first is."""
+    root_of = catalog.table["root"].to_numpy()
     for number, root in enumerate(catalog.roots):
-        first = replace(catalog, table=catalog.table.filter(pc.equal(catalog.table["root"], number)).slice(0, FIRST))
+        first = replace(catalog, table=tables.taken(catalog.table, np.flatnonzero(root_of == number)[:FIRST]))
         for folder in filter(storage.is_local, root.folders):
             sources = (source for video in first.videos(0, FIRST) for source in video.sources)
             below = f"{folder.rstrip('/')}/"

@@ -36,7 +36,6 @@ from pipelines.secrets import redacted, tells_secret
 
 COLUMNS = ("videoid", "name")
 BLOCK = 1 * 1024 * 1024  # bytes of a csv parsed at once
-BATCH = 65536  # rows handled at once
 LONGEST = 131072  # bytes of a caption: more are rows that an open quote has swallowed
 END = "\0the end of the csv\0"  # as a row behind the last one: what is still open there has swallowed it
 THREADS = 16  # that wait for a disk or for S3
@@ -393,7 +392,7 @@ def _decoded(column: pa.Array) -> pa.Array:
 
 def _parse_row_by_row(file: Path, header: list[str], uri: str) -> Iterator[dict[str, Any]]:
     rows = islice(_rows(file, uri), 1, None)
-    while batch := list(islice(rows, BATCH)):
+    while batch := list(islice(rows, tables.ROWS)):
         ragged = np.array([len(row) != len(header) for row in batch])
         whole = [[*row, *[""] * len(header)] for row in batch]
         columns = {
@@ -561,9 +560,9 @@ def _with_duplicates(videoids: pa.ChunkedArray, codes: np.ndarray) -> pa.Array:
 def _digest(table: pa.Table) -> str:
     """Of what a row says and its place below its root, whatever the chunks and dictionaries."""
     digest = hashlib.sha256()
-    for start in range(0, table.num_rows, BATCH):
+    for start in range(0, table.num_rows, tables.ROWS):
         for name in ("videoid", "caption", "extra", "place", "offset", "size", "problem"):
-            values = table[name].slice(start, BATCH).combine_chunks()
+            values = table[name].slice(start, tables.ROWS).combine_chunks()
             if name in ("offset", "size"):
                 digest.update(values.to_numpy())
                 continue

@@ -39,7 +39,7 @@ CLIP = pa.schema(
         "videoid": pa.string(),
         "view": pa.int32(),
         "caption": pa.string(),
-        "extra": pa.string(),  # JSON, or nothing; not in an index, which ten million clips of stand in memory
+        "extra": pa.string(),  # JSON, or nothing; not in an index, which every rank of a training maps
         "split": pa.string(),
         "frame_indices": pa.list_(pa.int32()),
         "flip": pa.bool_(),

@@ -321,7 +321,7 @@ def place(key: str, uri: str, known: Mapping[str, bool]) -> Iterator[Finding]:
         do = READ if len(missing) == len(known) else "on several nodes a local path must be a folder that all share"
         yield Finding("failed", key, f"{uri}: nothing is there on {_listed(missing)}", do)
     else:
-        yield Finding("good", key, f"{uri} is there on every node")
+        yield Finding("good", key, f"{uri} is there" + (" on every node" if len(known) > 1 else ""))
 
 
 def out(uri: str, known: Mapping[str, Mapping[str, float]]) -> Iterator[Finding]:

@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,12 @@ def probe(out: str) -> dict[str, float]:
         storage.write(uri, data)
         written = time.monotonic()
         doing = "read"
-        there = storage.read(uri)
+        try:
+            there = storage.read(uri)
+        except OSError:
+            with suppress(OSError):
+                storage.remove(uri)
+            raise
         read = time.monotonic()
         doing = "removed from"
         storage.remove(uri)

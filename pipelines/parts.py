@@ -8,8 +8,10 @@ import errno
 import json
 import posixpath
 import random
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -83,9 +85,10 @@ def make_parts(
     )
     problems: list[str] = []
     failed: list[str] = []
-    told, in_a_row = Counter[str](), 0
+    told, in_a_row, heard = Counter[str](), 0, set[str]()
     blocks = made.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)  # each row when it is there
     for row in (row for block in blocks for row in block.to_pylist()):  # type: ignore[union-attr]
+        heard.add(row["worker"])
         if problem := row["problem"] or row["failed"]:
             if not problems + failed:
                 print(f"{label}: {shown(problem)}; tried again by the next run", flush=True)
@@ -93,7 +96,7 @@ def make_parts(
             in_a_row += 1
             if row["lasting"]:
                 raise Unfinished(f"{label} stopped: {problem}. What is made stays; the same command goes on from there")
-            if in_a_row > workers + IN_A_ROW:
+            if in_a_row > max(workers, len(heard)) + IN_A_ROW:
                 print(f"{label}: stops, as {in_a_row} parts in a row could not be made", flush=True)
                 break
             continue
@@ -110,6 +113,7 @@ def make_parts(
 class _PartWriter:
     def __init__(self, maker: Callable[..., Maker], arguments: dict[str, Any]) -> None:
         self._make = maker(**arguments)
+        self._known_by = uuid.uuid4().hex
 
     def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
         made, failed, lasting = Made(None), "", False
@@ -119,12 +123,14 @@ class _PartWriter:
             if made.data is not None:
                 storage.write(part["uri"], made.data)
         except OSError as error:
-            if storage.exists(part["uri"]):  # another run was faster, and has tidied up
-                return {"size": part["size"], "problem": "", "failed": "", "lasting": False, "told": "{}"}
             failed = " ".join(f"{part['uri']}: {error}".split())
             lasting = error.errno in LASTING or isinstance(error, PermissionError | FileNotFoundError)
+            with suppress(OSError):
+                if isinstance(error, FileNotFoundError) and storage.exists(part["uri"]):  # a faster run has tidied up
+                    failed, lasting = "", False
         told = json.dumps(made.told)
-        return {"size": part["size"], "problem": made.problem, "failed": failed, "lasting": lasting, "told": told}
+        known = {"size": part["size"], "problem": made.problem, "failed": failed, "lasting": lasting, "told": told}
+        return known | {"worker": self._known_by}
 
 
 def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

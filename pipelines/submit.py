@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ import yaml
 
 from pipelines.command import STOPPED, ending
 from pipelines.errors import Unfinished, UserError, shown
+from pipelines.secrets import NAME, tells_secret
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # by which a job knows that it was
 TOKEN = (
     "the cluster wants its token: ask its operator (who reads it by `ray get-auth-token` on the head node, or from the "
     "Secret of a KubeRay cluster), then set RAY_AUTH_TOKEN, or put it into ~/.ray/auth_token"
 )
-SECRET = re.compile(r"(?i)passw|pwd|token|secret|credential|access.?key|api.?key")
+OF_THE_MOMENT = ("doctor", "show_cache")  # what they have said once is no answer later
 STARTING = 60  # seconds in which a head node that has just started may have no agent yet
 AWAY = 300  # seconds for which a dashboard that does not answer is asked again for the log
 
@@ -137,12 +138,22 @@ def _runtime_env(file: str | None) -> dict[str, Any]:
         raise UserError(f"--runtime-env {file}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(told, dict):
         raise UserError(f"--runtime-env {file}: expected Ray's runtime_env, such as infra/runtime-env.yaml")
-    if secret := [name for name in told.get("env_vars") or {} if SECRET.search(name)]:
-        raise UserError(
-            f"--runtime-env {file}: env_vars.{secret[0]} would be kept with the job, for all to read; "
-            "give it in the environment of the nodes"
-        )
+    for name, value in _leaves(told):
+        if NAME.search(name) or tells_secret(value):
+            raise UserError(
+                f"--runtime-env {file}: {shown(name)} would be kept with the job, for all to read; "
+                "give it in the environment of the nodes"
+            )
     return told
+
+
+def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Each value with its name, such as env_vars.HOME."""
+    if isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, str(tree)
 
 
 # -- the cluster -------------------------------------------------------------------------------------------------------
@@ -182,16 +193,21 @@ def _sent(client: Any, first: str, asked: dict[str, Any], again: bool) -> str:
     """The id by which the cluster has the job: that of an earlier submission, or of a new one."""
     end = time.monotonic() + STARTING
     while True:
-        before = sorted(
-            (job for job in client.list_jobs() if _number(job.submission_id, first)),
-            key=lambda job: _number(job.submission_id, first),
-        )
+        try:
+            found = client.list_jobs()
+        except RuntimeError as error:  # the head is about to go, or to come
+            if time.monotonic() > end:
+                raise Unfinished(f"the cluster does not say which jobs it has: {_line(error)}") from None
+            time.sleep(1)
+            continue
+        numbers = {_number(job.submission_id, first): job for job in found}
+        before = [numbers[number] for number in sorted(numbers) if number]
         last = before[-1] if before else None
         if last and not again:
             if not last.status.is_terminal():
                 print(f"submit: {last.submission_id} is {last.status.value.lower()} already", flush=True)
                 return str(last.submission_id)
-            if last.status == "SUCCEEDED":
+            if last.status == "SUCCEEDED" and not first.startswith(OF_THE_MOMENT):
                 print(f"submit: {last.submission_id} has succeeded already; --again runs it once more", flush=True)
                 return str(last.submission_id)
         number = _number(last.submission_id, first) + 1 if last else 1
@@ -202,9 +218,7 @@ def _sent(client: Any, first: str, asked: dict[str, Any], again: bool) -> str:
             raise UserError(f"the folder {Path.cwd()} cannot be sent: {_line(error)}") from None
         except RuntimeError as error:
             # Another command may have been faster; a head node takes jobs some seconds after it says that it runs.
-            if time.monotonic() > end or not re.search(
-                "already (been used|exists)|No available agent|agent", str(error)
-            ):
+            if time.monotonic() > end or not re.search("already (been used|exists)|agent", str(error)):
                 raise Unfinished(f"the cluster did not take the job: {_line(error)}") from None
             time.sleep(1)
             continue
@@ -236,6 +250,8 @@ def _follow(client: Any, known_by: str) -> int:
         try:
             asyncio.run(print_log())
             info, away = client.get_job_info(known_by), 0.0
+        except BrokenPipeError:  # nobody reads what is printed
+            raise
         except Exception as error:  # the connection broke, in aiohttp's words or in Ray's
             away = away or time.monotonic()
             if time.monotonic() - away > AWAY:

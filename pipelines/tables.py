@@ -2,24 +2,47 @@
 
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
 
+from pipelines.errors import Unfinished
+
 ROWS = 65536  # in memory at once
 
 
-def write(path: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+def write(path: str, schema: pa.Schema, tables: Iterable[pa.Table], known_as: str = "") -> None:
     """One behind the other, as an Arrow file in batches of about ROWS."""
-    with pa.ipc.new_file(path, schema) as writer:
-        waiting: list[pa.RecordBatch] = []
-        for batch in (batch for table in tables for batch in table.to_batches(max_chunksize=ROWS)):
-            waiting.append(batch)
-            if sum(map(len, waiting)) >= ROWS:
-                writer.write_batch(pa.concat_batches(waiting))
-                waiting = []
-        if waiting:
-            writer.write_batch(pa.concat_batches(waiting))
+    with _written_to(known_as or path):
+        writer = pa.ipc.new_file(path, schema)
+    for batch in _of_size(batch for table in tables for batch in table.to_batches(max_chunksize=ROWS)):
+        with _written_to(known_as or path):
+            writer.write_batch(batch)
+    with _written_to(known_as or path):
+        writer.close()
+
+
+@contextmanager
+def _written_to(place: str) -> Iterator[None]:
+    """What goes wrong in the making of tables is not the fault of the place."""
+    try:
+        yield
+    except OSError as error:
+        raise Unfinished(f"{place}: rows cannot be written there ({error})") from None
+
+
+def _of_size(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    waiting: list[pa.RecordBatch] = []
+    rows = 0
+    for batch in batches:
+        waiting.append(batch)
+        rows += len(batch)
+        if rows >= ROWS:
+            yield pa.concat_batches(waiting)
+            waiting, rows = [], 0
+    if waiting:
+        yield pa.concat_batches(waiting)
 
 
 def read(path: str) -> pa.Table:
@@ -30,7 +53,7 @@ def spooled(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.Table:
     """One behind the other, in a file that has no name: it is gone with the table, or with the process."""
     with tempfile.TemporaryFile() as file:
         path = f"/proc/self/fd/{file.fileno()}"
-        write(path, schema, tables)
+        write(path, schema, tables, f"TMPDIR={tempfile.gettempdir()}")
         return read(path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.submit import identity, refuse_secrets
+from pipelines.submit import _runtime_env, identity, refuse_secrets
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,11 +57,18 @@ def test_a_secret_is_not_kept_with_the_job(tmp_path):
             refuse_secrets(["python", "-m", "jobs.compare", word])
         assert "hidden" not in str(error.value)
     refuse_secrets(["compare.note=why? s3://b/a=b, a@b"])
-    (tmp_path / "env.yaml").write_text("env_vars: {AWS_SECRET_ACCESS_KEY: hidden}")
-    done = submit("make_shapes", "out=/x", "--runtime-env", str(tmp_path / "env.yaml"))
-    assert done.returncode == 2
-    assert "env_vars.AWS_SECRET_ACCESS_KEY would be kept with the job" in done.stderr
-    assert "hidden" not in done.stderr
+    for told, name in (
+        ("env_vars: {AWS_SECRET_ACCESS_KEY: hidden}", "env_vars.AWS_SECRET_ACCESS_KEY"),
+        ("env_vars: {SSH_PRIVATE_KEY: hidden}", "env_vars.SSH_PRIVATE_KEY"),
+        ("env_vars: {MYSQL_PWD: hidden}", "env_vars.MYSQL_PWD"),
+        ("env_vars: {PIP_INDEX_URL: 'https://me:hidden@host/simple'}", "env_vars.PIP_INDEX_URL"),
+        ("pip: [one, 'https://hidden@host/two.whl']", "pip.1"),
+    ):
+        (tmp_path / "env.yaml").write_text(told)
+        with pytest.raises(UserError, match=re.escape(f"{name} would be kept with the job")) as error:
+            _runtime_env(str(tmp_path / "env.yaml"))
+        assert "hidden" not in str(error.value)
+    assert _runtime_env("infra/runtime-env.yaml")
 
 
 def test_the_same_job_configuration_and_out_have_the_same_id():

@@ -4,12 +4,15 @@ import hashlib
 import json
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
+from conftest import SETTINGS
 
 from pipelines import storage
 from pipelines.cache import build_cache, opened, part_names, read_cache
+from pipelines.config import load
 from pipelines.errors import Unfinished, UserError
 from pipelines.finetune import finetune
 from pipelines.reader import ClipReader
@@ -312,6 +315,26 @@ def test_a_build_goes_on_where_the_videos_have_moved_meanwhile_and_leaves_nothin
     gone = settings(tmp_path / "mine", f"catalog.videos={moved}")
     assert build_cache(gone).fingerprint == cache.fingerprint
     assert not list(tmp_path.glob("mine/cache/snapshots/*/rows-*"))
+
+
+def test_a_build_goes_on_where_a_shard_has_moved_among_the_same_folders(tmp_path, here, videos, ids, monkeypatch):
+    from pipelines import clips
+
+    for number, name in enumerate(["a0", "a1", "a2", "b0"]):
+        (tmp_path / f"d{number % 2}").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / f"d{number % 2}/{number}.tar", "w") as tar:
+            tar.add(videos / f"{ids[name]}.mp4", "one.mp4")
+    config = load(None, [*SETTINGS, f"out={tmp_path}/out", f"catalog.tars={tmp_path}/d*/*.tar"])
+
+    def away(*_: object) -> bytes:
+        raise OSError("the disk is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(clips.storage, "read_range", away)
+        with pytest.raises(Unfinished):
+            build_cache(config)
+    (tmp_path / "d0/0.tar").rename(tmp_path / "d1/0.tar")
+    assert build_cache(config).counts["rejected"] == 0
 
 
 def test_a_cache_that_is_missing_and_a_snapshot_that_is_unknown_are_one_line_each(tmp_path, built, settings):
