@@ -16,6 +16,9 @@ from pipelines.config import Config
 FULL = [
     "out=outputs/paper-full",
     "seed=1",
+    "shapes.videos=3600",
+    "finetune.row.samples=960",
+    "finetune.rows.base.samples=5600",
     "generate.clips=128",
     "finetune.rows.base.seeds=[1, 2]",
     f"finetune.row.seeds={[*range(201, 216)]}",
