@@ -133,13 +133,13 @@ class Stop(Exception):
 
 def plan(folder: str) -> None:
     Path(folder, "1000000.mp4").touch()  # one of those that are looked for
-    with ExitStack() as patched:
+    with ExitStack() as patched, watched() as told:
         patched.enter_context(mock.patch.object(cache, "make_parts", _stop))
         patched.enter_context(mock.patch.object(cache.cluster, "connect"))
         patched.enter_context(mock.patch.object(cache.cluster, "refuse_unseen", list))  # as if there were more nodes
         patched.enter_context(suppress(Stop))
-        patched.enter_context(_told())
         cache.build_cache(config_of(Path(folder)))
+    print(json.dumps(told))
 
 
 def _stop(*_: object) -> None:
@@ -147,31 +147,30 @@ def _stop(*_: object) -> None:
 
 
 def finish(folder: str) -> None:
-    with _told():
+    with watched() as told:
         cache.build_cache(config_of(Path(folder)))
+    print(json.dumps(told))
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """The CPU seconds of what is done meanwhile, and the most memory that it holds beside mapped files."""
-    peak, done = 0, threading.Event()
+def watched() -> Iterator[dict[str, float]]:
+    """Told at the end: CPU seconds of what is done meanwhile, and the most bytes that it holds beside mapped files."""
+    told, done = {"seconds": 0.0, "peak": 0.0}, threading.Event()
 
     def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
+        while not done.wait(0.002):
             held = re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())
-            peak = max(peak, int(held[1]) * 1024 if held else 0)
+            told["peak"] = max(told["peak"], int(held[1]) * 1024 if held else 0)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     begin = time.process_time()
     try:
-        yield
+        yield told
     finally:
-        seconds = time.process_time() - begin
+        told["seconds"] = time.process_time() - begin
         done.set()
         watcher.join()
-        print(json.dumps({"seconds": seconds, "peak": peak}))
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------

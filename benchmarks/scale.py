@@ -51,7 +51,7 @@ def known() -> dict[str, Known]:
         "copying a checkpoint": measured("checkpoint of 537 MB to 50 MB/s: standing still", "s for 537 MB"),
         "reading clips": measured("read: S3 + 30 ms, 10 million clips: 50 MB/s", "MB/s a rank"),
         "bytes of a video": Known(2e6, "bytes", "as `storage: boto3's get_object` reads them"),
-        "bytes of a row": Known(276, "bytes", "of the catalog, `Table.nbytes` of benchmarks.catalog's csv"),
+        "bytes of a row": Known(294, "bytes", "of the catalog, `Table.nbytes` of benchmarks.catalog's csv"),
         "bytes of a clip": Known(635_904, "bytes", "docs/cache.md, DynamiCrafter at 16 x 320 x 512"),
         "encoding": Known(16 * 0.68985847808e12, "FLOP a clip", f"{counted}: the VAE's encoder, 16 frames"),
         "a forward pass": Known(12.6028333056e12, "FLOP a clip", f"{counted}: DynamiCrafter's UNet"),

@@ -8,9 +8,8 @@ reads an older one notices nothing. Parts are named by the videos in them, so bu
 import hashlib
 import json
 import posixpath
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from cil.families import Family
 from cil.metrics.duplicates import near_duplicates
 from cil.metrics.motion import SMALLEST
 from pipelines import artifact, cluster, storage, tables
+from pipelines.ahead import ahead
 from pipelines.artifact import Artifact, Identity, Manifest
 from pipelines.catalog import Catalog, Root, Video, read_catalog
 from pipelines.clips import CLIP, PartMaker, to_ipc
@@ -44,8 +44,8 @@ from pipelines.watch import Watch
 KIND, SNAPSHOT = "latent cache", "snapshot"
 LATEST = "latest.json"
 INDEX, PLAN, REJECTS = "index.arrow", "plan.arrow", "rejects.jsonl"
-ROWS = "rows-"  # begins the name of what workers read, which goes when the snapshot is finished
-ROW = ("videoid", "caption", "extra", "place", "root", "offset", "size", "problem")
+SENT = "rows-"  # begins the name of what workers read, which goes when the snapshot is finished
+SENT_COLUMNS = ("videoid", "caption", "extra", "place", "root", "offset", "size", "problem")
 INDEXED = pa.schema(
     [
         pa.field(field.name, pa.large_string()) if pa.types.is_string(field.type) else field
@@ -260,7 +260,7 @@ class Rows:
         self._catalog: Catalog | None = None
 
     def write(self, catalog: Catalog, order: np.ndarray) -> None:
-        table = catalog.table.select(ROW)
+        table = catalog.table.select(SENT_COLUMNS)
         with storage.creating(self._uri) as path:
             tables.write(str(path), table.schema, tables.in_order(table, order))
 
@@ -294,7 +294,7 @@ def _make(
     cluster.refuse_unseen(_examples(catalog))  # on a node that does not see a video it would be missing for ever
     watch.begin()
     places = [hashlib.sha256(numbers.tobytes()).hexdigest() for numbers in (order, catalog.table["root"].to_numpy())]
-    uri = snapshot.path(f"{ROWS}{artifact.fingerprint([catalog.roots, *places])}.arrow")  # which no digest knows
+    uri = snapshot.path(f"{SENT}{artifact.fingerprint([catalog.roots, *places])}.arrow")  # which no digest knows
     rows = Rows(uri, catalog.roots)
     if not storage.exists(uri):
         rows.write(catalog, order)
@@ -337,21 +337,20 @@ def _finish(folder: Artifact, snapshot: Artifact, catalog: Catalog, plan: pa.Tab
     videos = np.bincount(plan["part"].to_numpy(), minlength=len(names))
     order, ends = np.argsort(plan["part"].to_numpy(), kind="stable"), np.cumsum(videos)
     parts: list[dict[str, Any]] = []
-    rejected, reasons = 0, Counter[str]()
+    reasons, counts = Counter[str](), Counter[str]()
     with storage.creating(snapshot.path(REJECTS)) as path, path.open("wb") as file:
 
         def indexes() -> Iterator[pa.Table]:
             """Of part after part; what else they say goes where it belongs."""
-            nonlocal rejected
             uris = (folder.path("parts", f"{name}.index") for name in names)
             for number, (name, (digest, table)) in enumerate(zip(names, tables_of(uris), strict=True)):
                 said = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
                 rejects = json.loads(said["rejects"])
-                file.write(
-                    storage.to_rows(catalog.with_sources(rejects, order[ends[number] - videos[number] : ends[number]]))
-                )
+                rows = order[ends[number] - videos[number] : ends[number]]
+                file.write(storage.to_rows(catalog.with_sources(rejects, rows)))
                 reasons.update(reject["reason"] for reject in rejects)
-                rejected += sum(reject["clips"] for reject in rejects)
+                counts["rejected"] += sum(reject["clips"] for reject in rejects)
+                counts["bytes"] += int(said["bytes"])
                 digests = {"index_sha256": digest} | {key: said[key] for key in ("sha256", "moments_sha256")}
                 counted = {"clips": len(table), "videos": int(videos[number]), "bytes": int(said["bytes"])}
                 parts.append({"name": name, **digests, **counted, "tensors": json.loads(said["tensors"])})
@@ -366,19 +365,20 @@ def _finish(folder: Artifact, snapshot: Artifact, catalog: Catalog, plan: pa.Tab
     if _repeats(index["clip_id"]).any():
         raise AssertionError(f"{snapshot.uri}: a clip stands in it twice")
     planned, clips = int(videos.sum()) * views, len(index)
-    if clips + rejected != planned:
-        raise AssertionError(f"{snapshot.uri}: {planned} clips planned, but {clips} made and {rejected} rejected")
+    if clips + counts["rejected"] != planned:
+        made = f"{clips} made and {counts['rejected']} rejected"
+        raise AssertionError(f"{snapshot.uri}: {planned} clips planned, but {made}")
     index = index.append_column("drawn_split", index["split"])
     index = index.set_column(index.column_names.index("split"), "split", _split_together(index))
     with storage.creating(snapshot.path(INDEX)) as path:
         tables.write(str(path), index.schema, [index])
         digests[INDEX] = _digest(path)
     for name in storage.names(snapshot.uri):
-        if name.startswith(ROWS):
+        if name.startswith(SENT):
             storage.remove(snapshot.path(name))
-    counts = {"planned": planned, "clips": clips, "rejected": rejected, "rejected_videos": reasons.total()}
-    counts["bytes"] = sum(part["bytes"] for part in parts)
-    snapshot.finish(counts, parts=parts, files=digests)
+    counts.update(planned=planned, clips=clips, rejected_videos=reasons.total())
+    names_of_counts = ("planned", "clips", "rejected", "rejected_videos", "bytes")
+    snapshot.finish({name: counts[name] for name in names_of_counts}, parts=parts, files=digests)
     shown = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
     print(
         f"{KIND}: {clips} clips in {len(parts)} parts; {reasons.total()} videos rejected"
@@ -419,14 +419,7 @@ def _split_together(index: pa.Table) -> pa.ChunkedArray:
 
 def tables_of(uris: Iterable[str]) -> Iterator[tuple[str, pa.Table]]:
     """With the digests of their files; in order, several read at once."""
-    waiting: deque[Future[tuple[str, pa.Table]]] = deque()
-    with ThreadPoolExecutor(storage.AT_ONCE) as pool:
-        for uri in uris:
-            waiting.append(pool.submit(_with_digest, uri))
-            if len(waiting) > storage.AT_ONCE:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    return (read.result() for read in ahead(_with_digest, uris, storage.AT_ONCE))
 
 
 def _with_digest(uri: str) -> tuple[str, pa.Table]:

@@ -14,13 +14,12 @@ import json
 import posixpath
 import re
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
@@ -29,6 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from pipelines import storage, tables, tars
+from pipelines.ahead import ahead
 from pipelines.artifact import code
 from pipelines.config import CatalogConfig
 from pipelines.errors import UserError, shown
@@ -39,7 +39,6 @@ BLOCK = 1 * 1024 * 1024  # bytes of a csv parsed at once
 LONGEST = 131072  # bytes of a caption: more are rows that an open quote has swallowed
 END = "\0the end of the csv\0"  # as a row behind the last one: what is still open there has swallowed it
 THREADS = 16  # that wait for a disk or for S3
-TARS = 256  # whose samples wait in memory
 
 # Why a video is rejected without being looked at.
 PROBLEMS = {
@@ -70,9 +69,6 @@ SCHEMA = pa.schema(
 )
 
 WHERE = ("place", "root", "file", "row")
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -263,15 +259,6 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def _threaded(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """In the order of the items; the first error ends it without waiting for what has not begun."""
-    pool = ThreadPoolExecutor(THREADS)
-    try:
-        return list(pool.map(work, items))
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 # csv
 
 
@@ -435,11 +422,10 @@ def _extra(columns: dict[str, pa.Array]) -> list[str]:
 
 def _read_tars(uris: list[str], root_of: dict[str, int], subset: "_Subset") -> Iterator[pa.Table]:
     begins = []
-    for start in range(0, len(uris), TARS):
-        some = uris[start : start + TARS]
-        for table, begin in _threaded(lambda uri: _read_tar(uri, root_of[_split(uri)[0]]), some):
-            begins.append(begin)
-            yield subset.of(table)
+    for read in ahead(lambda uri: _read_tar(uri, root_of[_split(uri)[0]]), uris, THREADS):
+        table, begin = read.result()
+        begins.append(begin)
+        yield subset.of(table)
     if begins and all(begins):
         raise UserError(f"catalog.tars={uris[0]}: is no tar; it begins with {begins[0]}")
 
@@ -488,7 +474,7 @@ def _read_folder(uri: str, root: int) -> pa.Table:
 
     return _table(
         videoid=[tars.escaped(stem) for stem in stems],
-        caption=_threaded(caption, stems),
+        caption=[read.result() for read in ahead(caption, stems, THREADS)],
         extra=[""] * len(stems),
         place=[name.encode("utf-8", "replace").decode() for name in videos],
         root=root,

@@ -20,32 +20,28 @@ does, and one that hangs has the kernel's alarm set.
 """
 
 import contextlib
-import itertools
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
+from pipelines.ahead import Item, Result, ahead
 from pipelines.secrets import environment_without
 from pipelines.video import BadVideo, Crop, Decoder, fit
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 STARTS = 3  # of a process that is killed while it starts
 # What a process may take beside what it began with: the file three times, its frames one by one and together, and what
@@ -90,20 +86,8 @@ class DecodePool:
             self._idle.put(child)
 
     def ahead(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Future[Result]]:
-        """function(item) of each, in order. It runs in threads, as many items ahead of the caller as there are
-        processes, so that no more results than these wait in memory.
-        """
-        waiting: deque[Future[Result]] = deque()
-        threads = ThreadPoolExecutor(len(self._children))
-        try:
-            items = iter(items)
-            waiting.extend(threads.submit(function, item) for item in itertools.islice(items, len(self._children)))
-            while waiting:
-                first = waiting.popleft()
-                waiting.extend(threads.submit(function, item) for item in itertools.islice(items, 1))
-                yield first
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)  # who ends early does not wait for what was begun ahead
+        """function(item) of each, in order, as many items ahead of the caller as there are processes."""
+        return ahead(function, items, len(self._children))
 
     def close(self) -> None:
         """Waits for calls that are under way in other threads. Later ones are refused."""

@@ -129,8 +129,8 @@ class _PartWriter:
                 if isinstance(error, FileNotFoundError) and storage.exists(part["uri"]):  # a faster run has tidied up
                     failed, lasting = "", False
         told = json.dumps(made.told)
-        known = {"size": part["size"], "problem": made.problem, "failed": failed, "lasting": lasting, "told": told}
-        return known | {"worker": self._known_by}
+        how = {"problem": made.problem, "failed": failed, "lasting": lasting, "told": told}
+        return {"worker": self._known_by, "size": part["size"], **how}
 
 
 def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

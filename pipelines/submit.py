@@ -197,12 +197,11 @@ def _sent(client: Any, first: str, asked: dict[str, Any], again: bool) -> str:
             found = client.list_jobs()
         except RuntimeError as error:  # the head is about to go, or to come
             if time.monotonic() > end:
-                raise Unfinished(f"the cluster does not say which jobs it has: {_line(error)}") from None
+                raise Unfinished(f"the cluster does not say which jobs it has: {_line(error)}; try again") from None
             time.sleep(1)
             continue
-        numbers = {_number(job.submission_id, first): job for job in found}
-        before = [numbers[number] for number in sorted(numbers) if number]
-        last = before[-1] if before else None
+        before = (job for job in found if _number(job.submission_id, first))
+        last = max(before, key=lambda job: _number(job.submission_id, first), default=None)
         if last and not again:
             if not last.status.is_terminal():
                 print(f"submit: {last.submission_id} is {last.status.value.lower()} already", flush=True)

@@ -29,7 +29,9 @@ def _written_to(place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Unfinished(f"{place}: rows cannot be written there ({error})") from None
+        raise Unfinished(
+            f"{place}: rows cannot be written there ({error}); make room, and run the same command again"
+        ) from None
 
 
 def _of_size(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -45,16 +47,12 @@ def _of_size(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield pa.concat_batches(waiting)
 
 
-def read(path: str) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(path)).read_all()
-
-
 def spooled(schema: pa.Schema, tables: Iterable[pa.Table]) -> pa.Table:
     """One behind the other, in a file that has no name: it is gone with the table, or with the process."""
     with tempfile.TemporaryFile() as file:
         path = f"/proc/self/fd/{file.fileno()}"
         write(path, schema, tables, f"TMPDIR={tempfile.gettempdir()}")
-        return read(path)
+        return pa.ipc.open_file(pa.memory_map(path)).read_all()
 
 
 def in_order(table: pa.Table, order: np.ndarray) -> Iterator[pa.Table]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -82,34 +83,71 @@ def test_the_same_job_configuration_and_out_have_the_same_id():
     assert len(others | {identity("score", config)}) == 4
 
 
-@pytest.fixture
-def dashboard() -> Iterator[tuple[str, list[dict]]]:
-    """An address, and what is submitted there: of Ray's API what a submission needs, to see what reaches it."""
-    submitted: list[dict] = []
+@dataclass
+class Dashboard:
+    """Of Ray's API what a submission needs, to see what reaches it."""
 
-    class Dashboard(BaseHTTPRequestHandler):
+    address: str = ""
+    submitted: list[dict] = field(default_factory=list)
+    succeeded: bool = False  # what is submitted does at once
+    failing: int = 0  # of the next requests for the list of jobs
+
+    def jobs(self) -> list[dict]:
+        status = "SUCCEEDED" if self.succeeded else "RUNNING"
+        return [{"type": "SUBMISSION", "status": status, **asked} for asked in self.submitted]
+
+
+@pytest.fixture
+def dashboard() -> Iterator[Dashboard]:
+    told = Dashboard()
+
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.answer([] if self.path == "/api/jobs/" else {"ray_version": "2.60.0"})
+            if self.path != "/api/jobs/":
+                self.answer({"ray_version": "2.60.0"})
+            elif told.failing:
+                told.failing -= 1
+                self.answer("the head is about to go", status=503)
+            else:
+                self.answer(told.jobs())
 
         def do_POST(self) -> None:
-            submitted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.answer({"job_id": "1", "submission_id": submitted[-1]["submission_id"]})
+            told.submitted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.answer({"job_id": "1", "submission_id": told.submitted[-1]["submission_id"]})
 
-        def answer(self, value: object) -> None:
-            self.send_response(200)
+        def answer(self, value: object, status: int = 200) -> None:
+            self.send_response(status)
             self.end_headers()
             self.wfile.write(json.dumps(value).encode())
 
         def log_message(self, *_: object) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Dashboard) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", submitted
+        told.address = f"http://127.0.0.1:{server.server_port}"
+        yield told
         server.shutdown()
 
 
+def test_what_is_done_is_not_done_again_but_a_doctor_looks_anew(dashboard, tmp_path):
+    dashboard.succeeded = True
+    for job, ends in (("make_shapes", ["", ""]), ("doctor", ["", "-2"])):
+        dashboard.submitted.clear()
+        answers = [submit(job, f"out={tmp_path}", "--address", dashboard.address).stdout for _ in ends]
+        first, *others = (asked["submission_id"] for asked in dashboard.submitted)
+        assert [first + end for end in ends if end] == others
+        assert [answer.split()[1] for answer in answers] == [first + end for end in ends]
+
+
+def test_a_cluster_that_cannot_say_its_jobs_for_a_moment_is_asked_again(dashboard, tmp_path):
+    dashboard.failing = 2
+    done = submit("make_shapes", f"out={tmp_path}", "--address", dashboard.address)
+    assert done.returncode == 0, done.stderr
+    assert (len(dashboard.submitted), dashboard.failing) == (1, 0)
+
+
 def test_what_is_asked_for_reaches_the_cluster(dashboard, tmp_path):
-    address, submitted = dashboard
+    address, submitted = dashboard.address, dashboard.submitted
     shutil.copytree(ROOT / "jobs", tmp_path / "jobs")
     (tmp_path / "study.yaml").write_text("tracking: {experiment: mine}")
     (tmp_path / "env.yaml").write_text("env_vars: {NCCL_DEBUG: INFO}")

@@ -769,33 +769,21 @@ def test_every_problem_is_explained(tmp_path):
 
 
 GROWTH = """
-import re, sys, threading, time
-from pathlib import Path
+import sys, time
+from benchmarks.catalog import watched
 from pipelines.catalog import read_catalog
 from pipelines.config import CatalogConfig
 def read(path):
-    start = time.process_time()
-    read = read_catalog(CatalogConfig(csv=path, videos="/tmp"), "")
-    return read, time.process_time() - start
-def most(path):  # MiB meanwhile that the kernel cannot take back, as it can what is mapped from a file
-    found, done = 0, threading.Event()
-    def watch():
-        nonlocal found
-        while not done.wait(0.002):
-            held = re.search(r"RssAnon:\\s*(\\d+)", Path("/proc/self/status").read_text())
-            found = max(found, int(held[1]) / 2**10)
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    read(path)
-    done.set(); watcher.join()
-    return found
+    with watched() as told:
+        catalog = read_catalog(CatalogConfig(csv=path, videos="/tmp"), "")
+    return catalog, told
 few, many = sys.argv[1:]
 read(few)  # what is loaded once
-grown = -most(few) + most(many)
-catalog, seconds = min((read(many) for _ in range(2)), key=lambda found: found[1])  # busy cores are slower ones
+grown = -read(few)[1]["peak"] + read(many)[1]["peak"]
+catalog, told = min((read(many) for _ in range(2)), key=lambda found: found[1]["seconds"])  # busy cores are slower ones
 start = time.process_time()
 rows = catalog.videos(len(catalog) // 2, len(catalog) // 2 + 100)
-print(len(catalog), seconds, grown, time.process_time() - start, len(rows))
+print(len(catalog), told["seconds"], grown / 2**20, time.process_time() - start, len(rows))
 """
 
 

@@ -360,3 +360,6 @@ def test_the_full_form_of_the_paper_has_fifteen_seeds_of_each_arm_from_two_bases
     starts = [row.settings.weights for row in rows.values() if row.arm == "timenoise"]
     assert (starts.count("base-1"), starts.count("base-2")) == (8, 7)
     assert len(config.evaluation_rows()) == 2 + 6 * 15
+    assert (rows["base-1"].settings.samples, rows["naive-201"].settings.samples) == (5600, 960)
+    numbers = (config.shapes.videos, config.generate.clips, config.generate.reference, config.score.leakage)
+    assert numbers == (3600, 128, 640, 16)  # those of the README's table

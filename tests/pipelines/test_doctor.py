@@ -134,6 +134,16 @@ def test_a_place_that_cannot_be_written_to_is_a_problem(tmp_path):
         node.probe(str(tmp_path / "file" / "out"))
 
 
+def test_a_probe_that_cannot_be_read_is_removed_too(tmp_path, monkeypatch):
+    def refuse(uri: str) -> bytes:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(node.storage, "read", refuse)
+    with pytest.raises(OSError, match="a file cannot be read: Input/output error"):
+        node.probe(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bucket_is_probed_and_one_that_is_not_there_is_a_problem(endpoint):
     assert min(node.probe("s3://webvid/out").values()) > 0
     assert not node.seen("s3://webvid/out")
