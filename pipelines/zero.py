@@ -58,6 +58,8 @@ def prepare(gpu: bool) -> None:
     """Before deepspeed is imported."""
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    if os.access(sys.prefix, os.W_OK):  # operators are compiled once for an environment, whatever the home
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
     # DeepSpeed looks for ninja on the PATH, and pip has put it beside this Python.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -1,6 +1,10 @@
 """What several tests start from: the smallest configuration, and one undisturbed run of it."""
 
+import fcntl
+import hashlib
+import json
 import logging
+import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +19,8 @@ from jobs import paper
 from pipelines.config import Config, load
 
 SMALLEST = Path(__file__).with_name("smallest.yaml")
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("cil", "pipelines", "jobs")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,11 +39,33 @@ def smallest() -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="session")
-def road(smallest: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """The whole road walked once, undisturbed. Tests read its artifacts and leave them as they are."""
-    config = smallest(tmp_path_factory.mktemp("road"))
-    paper.run(config)
+def road(smallest: Callable[..., Config], request: pytest.FixtureRequest) -> Config:
+    """The whole road walked once, undisturbed. Tests read its artifacts and leave them as they are.
+
+    It is kept for later tests of the same code: pytest's --cache-clear walks it anew.
+    """
+    folder = request.config.cache.mkdir("road")
+    made, walked = folder / "made.json", folder / "out"
+    config = smallest(walked)
+    with (folder / "lock").open("w") as lock:  # several workers of pytest want it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists() or json.loads(made.read_text()) != [_code(), _files(walked)]:
+            made.unlink(missing_ok=True)
+            shutil.rmtree(walked, ignore_errors=True)
+            paper.run(config)
+            made.write_text(json.dumps([_code(), _files(walked)]))
     return config
+
+
+def _code() -> str:
+    """Of whatever the road depends on."""
+    files = [SMALLEST, ROOT / "constraints.txt", *(f for name in PACKAGES for f in (ROOT / name).rglob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+
+
+def _files(folder: Path) -> dict[str, list[int]]:
+    found = {str(path): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in sorted(found.items())}
 
 
 @pytest.fixture(scope="module")

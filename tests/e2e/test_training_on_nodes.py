@@ -17,7 +17,6 @@ from mlflow import MlflowClient
 from nodes import Machine, another_node, cluster_environment, first_node, held, of_small_videos, two_machines
 from test_cache_faults import ROOT, begun, below, end, finished, until
 from test_submit import BIN, free_port
-from torch.utils.cpp_extension import _get_build_directory
 from tracking_server import Server
 
 from pipelines.tracking import runs
@@ -136,8 +135,6 @@ def disturbed(arguments, cache, undisturbed, tmp_path_factory) -> Disturbed:
         stack.callback(server.kill)
         server.start()
         environment = cluster_environment(tmp_path_factory.mktemp("home"), machines[0]) | {
-            # Compiled once, whatever the home.
-            "TORCH_EXTENSIONS_DIR": str(Path(_get_build_directory("deepspeed_shm_comm", verbose=False)).parent),
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
             "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
         }
