@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from moto.server import ThreadedMotoServer
 
 from jobs import paper
 from pipelines.config import Config, load
+
+os.environ.setdefault("RAY_worker_niceness", "0")  # else a test beside one of Ray's leaves it no core
 
 SMALLEST = Path(__file__).with_name("smallest.yaml")
 ROOT = Path(__file__).parents[1]

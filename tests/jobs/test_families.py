@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 SETTINGS = (
     *("family.preset=tiny", "family.frames=4", "family.height=32", "family.width=48"),
     *("shapes.videos=40", "shapes.damaged=0", "shapes.frames=8", "cache.test=0.3", "cache.videos_per_part=20"),
+    *("cache.views_per_video=1", "score.leakage=2"),
     *("finetune.workers=1", "finetune.row.samples=16", "finetune.row.batch=4", "finetune.row.warmup=0"),
     *("finetune.log_every=16", "finetune.checkpoint_every=16", "finetune.row.drop.both=0.2", "finetune.row.lr=1e-4"),
     *("finetune.row.conditioning.kind=timenoise", "finetune.rows={tuned: {}}"),
