@@ -26,15 +26,16 @@ found = []
 for process in family:
     with contextlib.suppress(psutil.NoSuchProcess):  # some are gone by now
         found += [each.laddr for each in process.net_connections("inet") if each.status == "LISTEN"]
-print(json.dumps(found))
+print(json.dumps([found, [" ".join(process.cmdline()) for process in family if process.is_running()]]))
 """
 
 
 @pytest.mark.slow  # starts a cluster
 def test_a_ray_of_our_own_listens_to_this_machine_alone(tmp_path):
     done = subprocess.run([sys.executable, "-c", LISTENS], cwd=ROOT, capture_output=True, text=True, check=True)
-    addresses = json.loads(done.stdout.splitlines()[-1])
+    addresses, commands = json.loads(done.stdout.splitlines()[-1])
     assert len(addresses) > 4
+    assert not any(command.startswith("ray-dashboard-") for command in commands)  # no web page, and none of its parts
     assert [address for address in addresses if address[0] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == []
 
 
