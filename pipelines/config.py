@@ -696,12 +696,19 @@ def _row_name(arm: str, seed: int, seeds: list[int]) -> str:
     return arm if len(seeds) < 2 else f"{arm}-{seed}"
 
 
+LARGEST = 2**20  # bytes of a configuration
+
+
 def load(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """The configuration that a file and the command line describe, or a one-line `UserError`."""
     tree: dict[str, Any] = {}
     if file is not None:
         try:
-            tree = _yaml(Path(file).read_text()) or {}
+            with open(file, "rb") as opened:
+                text = opened.read(LARGEST + 1)
+            if len(text) > LARGEST:
+                raise UserError(f"--config {file}: holds more than {LARGEST // 2**20} MiB, so it is no configuration")
+            tree = _yaml(text.decode()) or {}
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--config {file}: cannot be read ({error})") from None
         except ValueError as error:

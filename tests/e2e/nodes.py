@@ -79,7 +79,7 @@ def cluster_environment(home: Path, machine: Machine) -> dict[str, str]:
     Python first on the path, and nodes that are missed at once."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     missed = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "2"}
-    there = {"RAY_ADDRESS": f"{machine.address}:{free_port()}", "RAY_AUTH_MODE": "token"}
+    there = {"RAY_ADDRESS": f"{machine.address}:{free_port()}", "RAY_AUTH_MODE": "token", "RAY_worker_niceness": "0"}
     made = kept | missed | there | {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}"}
     subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=made, check=True, capture_output=True)
     return made

@@ -35,7 +35,12 @@ def environment(tmp_path_factory) -> dict[str, str]:
     """A home of its own, so that the token is this cluster's, and this Python first on the path."""
     home = tmp_path_factory.mktemp("home")
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return kept | {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "token"}
+    return kept | {
+        "HOME": str(home),
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_worker_niceness": "0",
+    }
 
 
 @pytest.fixture(scope="module")

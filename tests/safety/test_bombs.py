@@ -297,6 +297,12 @@ def test_a_configuration_that_is_an_attack_is_one_line(text, says, tmp_path, mon
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.timeout(30)
+def test_a_file_without_an_end_is_no_configuration():
+    with pytest.raises(UserError, match=r"^--config /dev/zero: holds more than 1 MiB, so it is no configuration$"):
+        load("/dev/zero")
+
+
 @pytest.mark.parametrize("value", ["[" * 3000, "2001-99-99", "1" * 5000, "!!python/name:os.system", "*a", "&a [*a]"])
 def test_an_override_that_is_an_attack_is_one_line(value):
     with pytest.raises(UserError, match="the value is not YAML"):
