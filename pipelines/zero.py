@@ -58,7 +58,8 @@ def prepare(gpu: bool) -> None:
     """Before deepspeed is imported."""
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if os.access(sys.prefix, os.W_OK):  # operators are compiled once for an environment, whatever the home
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        # Operators are compiled once for a virtual environment, whatever the home and whoever else's are there.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
     # DeepSpeed looks for ninja on the PATH, and pip has put it beside this Python.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
