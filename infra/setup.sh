@@ -30,7 +30,7 @@ export PIP_CONSTRAINT="$PWD/constraints.txt" PIP_BUILD_CONSTRAINT="$PWD/constrai
 pip install torch
 pip install --editable '.[dev]'
 
-echo "setup: building DeepSpeed's operators for CPUs (some minutes, once)"
+echo "setup: building DeepSpeed's operators for CPUs into .venv/torch_extensions (some minutes, once)"
 .venv/bin/python - >.venv/deepspeed-build.log 2>&1 <<'PYTHON' ||
 from pipelines import zero
 

@@ -337,7 +337,7 @@ def _finish(folder: Artifact, snapshot: Artifact, catalog: Catalog, plan: pa.Tab
     videos = np.bincount(plan["part"].to_numpy(), minlength=len(names))
     order, ends = np.argsort(plan["part"].to_numpy(), kind="stable"), np.cumsum(videos)
     parts: list[dict[str, Any]] = []
-    reasons, counts = Counter[str](), Counter[str]()
+    reasons, left_out = Counter[str](), list[int]()
     with storage.creating(snapshot.path(REJECTS)) as path, path.open("wb") as file:
 
         def indexes() -> Iterator[pa.Table]:
@@ -349,8 +349,7 @@ def _finish(folder: Artifact, snapshot: Artifact, catalog: Catalog, plan: pa.Tab
                 rows = order[ends[number] - videos[number] : ends[number]]
                 file.write(storage.to_rows(catalog.with_sources(rejects, rows)))
                 reasons.update(reject["reason"] for reject in rejects)
-                counts["rejected"] += sum(reject["clips"] for reject in rejects)
-                counts["bytes"] += int(said["bytes"])
+                left_out.append(sum(reject["clips"] for reject in rejects))
                 digests = {"index_sha256": digest} | {key: said[key] for key in ("sha256", "moments_sha256")}
                 counted = {"clips": len(table), "videos": int(videos[number]), "bytes": int(said["bytes"])}
                 parts.append({"name": name, **digests, **counted, "tensors": json.loads(said["tensors"])})
@@ -365,9 +364,9 @@ def _finish(folder: Artifact, snapshot: Artifact, catalog: Catalog, plan: pa.Tab
     if _repeats(index["clip_id"]).any():
         raise AssertionError(f"{snapshot.uri}: a clip stands in it twice")
     planned, clips = int(videos.sum()) * views, len(index)
-    if clips + counts["rejected"] != planned:
-        made = f"{clips} made and {counts['rejected']} rejected"
-        raise AssertionError(f"{snapshot.uri}: {planned} clips planned, but {made}")
+    rejected = planned - clips
+    if sum(left_out) != rejected:
+        raise AssertionError(f"{snapshot.uri}: {planned} clips planned, but {clips} made and {sum(left_out)} rejected")
     index = index.append_column("drawn_split", index["split"])
     index = index.set_column(index.column_names.index("split"), "split", _split_together(index))
     with storage.creating(snapshot.path(INDEX)) as path:
@@ -376,9 +375,9 @@ def _finish(folder: Artifact, snapshot: Artifact, catalog: Catalog, plan: pa.Tab
     for name in storage.names(snapshot.uri):
         if name.startswith(SENT):
             storage.remove(snapshot.path(name))
-    counts.update(planned=planned, clips=clips, rejected_videos=reasons.total())
-    names_of_counts = ("planned", "clips", "rejected", "rejected_videos", "bytes")
-    snapshot.finish({name: counts[name] for name in names_of_counts}, parts=parts, files=digests)
+    counts = {"planned": planned, "clips": clips, "rejected": rejected, "rejected_videos": reasons.total()}
+    counts["bytes"] = sum(part["bytes"] for part in parts)
+    snapshot.finish(counts, parts=parts, files=digests)
     shown = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common())
     print(
         f"{KIND}: {clips} clips in {len(parts)} parts; {reasons.total()} videos rejected"

@@ -128,9 +128,14 @@ class _PartWriter:
             with suppress(OSError):
                 if isinstance(error, FileNotFoundError) and storage.exists(part["uri"]):  # a faster run has tidied up
                     failed, lasting = "", False
-        told = json.dumps(made.told)
-        how = {"problem": made.problem, "failed": failed, "lasting": lasting, "told": told}
-        return {"worker": self._known_by, "size": part["size"], **how}
+        return {
+            "worker": self._known_by,
+            "size": part["size"],
+            "problem": made.problem,
+            "failed": failed,
+            "lasting": lasting,
+            "told": json.dumps(made.told),
+        }
 
 
 def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

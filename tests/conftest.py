@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,13 +18,14 @@ import torch
 from moto.server import ThreadedMotoServer
 
 from jobs import paper
+from pipelines import storage
 from pipelines.config import Config, load
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # else a test beside one of Ray's leaves it no core
 
 SMALLEST = Path(__file__).with_name("smallest.yaml")
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("cil", "pipelines", "jobs")
+USED = ("cil", "pipelines", "jobs", "infra/deepspeed")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,25 +47,27 @@ def smallest() -> Callable[..., Config]:
 def road(smallest: Callable[..., Config], request: pytest.FixtureRequest) -> Config:
     """The whole road walked once, undisturbed. Tests read its artifacts and leave them as they are.
 
-    It is kept for later tests of the same code: pytest's --cache-clear walks it anew.
+    It is kept for later tests of the same code, as long as no file of it changes: pytest's --cache-clear walks it anew.
     """
-    folder = request.config.cache.mkdir("road")
+    folder = request.config.cache.mkdir(f"road-{_code()}")
     made, walked = folder / "made.json", folder / "out"
     config = smallest(walked)
     with (folder / "lock").open("w") as lock:  # several workers of pytest want it
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not made.exists() or json.loads(made.read_text()) != [_code(), _files(walked)]:
+        if not made.exists() or json.loads(made.read_text()) != _files(walked):
             made.unlink(missing_ok=True)
             shutil.rmtree(walked, ignore_errors=True)
             paper.run(config)
-            made.write_text(json.dumps([_code(), _files(walked)]))
+            storage.write(str(made), json.dumps(_files(walked)).encode())
     return config
 
 
 def _code() -> str:
-    """Of whatever the road depends on."""
-    files = [SMALLEST, ROOT / "constraints.txt", *(f for name in PACKAGES for f in (ROOT / name).rglob("*.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+    """Of whatever the road depends on, and which Python runs it."""
+    files = [SMALLEST, ROOT / "constraints.txt"]
+    files += [file for name in USED for file in (ROOT / name).rglob("*") if file.is_file() and file.suffix != ".pyc"]
+    told = [(str(file.relative_to(ROOT)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in sorted(files)]
+    return hashlib.sha256(json.dumps([sys.executable, told]).encode()).hexdigest()[:16]
 
 
 def _files(folder: Path) -> dict[str, list[int]]:

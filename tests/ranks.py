@@ -43,15 +43,8 @@ def attempts(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        start(_rank, (world, port, jobs, until, meanwhile, folder), world)
+        mp.start_processes(_rank, (world, port, jobs, until, meanwhile, folder), world, start_method="spawn")
         return [Attempt(*json.loads(Path(folder, str(i)).read_text())) for i in range(len(jobs))]
-
-
-def start(function: Callable[..., None], arguments: tuple[Any, ...], world: int) -> None:
-    """function(rank, *arguments) on so many ranks, forked from a process that has imported DeepSpeed already."""
-    zero.prepare(gpu=False)
-    mp.get_context("forkserver").set_forkserver_preload(["deepspeed", "pipelines.trainer"])
-    mp.start_processes(function, arguments, world, start_method="forkserver")
 
 
 def _rank(

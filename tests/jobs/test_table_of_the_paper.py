@@ -21,7 +21,7 @@ ROAD = (ROOT / "docs/evaluation.md").read_text().partition("## The paper's table
 TINY = (
     *("family.preset=tiny", "family.frames=16", "family.height=32", "family.width=48", "family.tokenizer=null"),
     *("cache.gpus=0", "cache.stride=[1, 2]", "cache.validation=0.2", "cache.test=0.2", "cache.videos_per_part=24"),
-    # bfloat16 is emulated by most CPUs, eight times slower.
+    # bfloat16 is emulated by CPUs that have none (docs/log.md).
     *("family.precision=float32", "finetune.row.precision=float32", "score.feature_steps=2"),
     *("finetune.workers=1", "finetune.row.samples=8", "finetune.row.batch=4", "finetune.log_every=4"),
     *("finetune.checkpoint_every=8", "finetune.validate_every=8", "finetune.micro_batch=4"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import start
+import torch.multiprocessing as mp
 from torch import nn
 
 from pipelines import memory, zero
@@ -23,7 +23,7 @@ def trained(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("profiles")
-    start(_train, (port, str(folder)), 1)
+    mp.start_processes(_train, (port, str(folder)), 1, start_method="spawn")
     return {name: torch.load(folder / f"{name}.pt") for name in NAMES}
 
 

@@ -22,11 +22,12 @@ from pipelines import cluster
 cluster.connect()
 ray.get(ray.remote(lambda: 0).remote())
 family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-found = []
+found, commands = [], []
 for process in family:
     with contextlib.suppress(psutil.NoSuchProcess):  # some are gone by now
+        commands.append(" ".join(process.cmdline()))
         found += [each.laddr for each in process.net_connections("inet") if each.status == "LISTEN"]
-print(json.dumps([found, [" ".join(process.cmdline()) for process in family if process.is_running()]]))
+print(json.dumps([found, commands]))
 """
 
 
