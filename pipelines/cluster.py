@@ -6,7 +6,6 @@ import signal
 import threading
 import uuid
 from collections.abc import Iterable
-from typing import Any
 
 from pipelines import storage
 from pipelines.errors import Unfinished, UserError
@@ -29,13 +28,15 @@ def connect() -> None:
     # Never a cluster that somebody else left on this machine, unless RAY_ADDRESS says so.
     address = os.environ.get("RAY_ADDRESS", "local")
     environment = {"env_vars": {"PYTHONPATH": path}}
-    own: dict[str, Any] = {}
+    dashboard = None  # as whoever has started it wanted
     if address == "local":
         # For this machine alone, as Ray does it on a Mac: else whoever reaches the machine reaches a dozen ports.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
-        own["include_dashboard"] = False  # a dozen processes, which would compete with a short job
+        dashboard = False  # a dozen processes, which would compete with a short job
     stopped = signal.getsignal(signal.SIGTERM)
-    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **own)
+    ray.init(
+        address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, include_dashboard=dashboard
+    )
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stopped or signal.SIG_DFL)  # Ray puts its own there
     data = ray.data.DataContext.get_current()

@@ -707,7 +707,8 @@ def load(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
             with open(file, "rb") as opened:
                 text = opened.read(LARGEST + 1)
             if len(text) > LARGEST:
-                raise UserError(f"--config {file}: holds more than {LARGEST // 2**20} MiB, so it is no configuration")
+                told = f"holds more than {LARGEST // 2**20} MiB; name a YAML file such as jobs/configs/demo.yaml"
+                raise UserError(f"--config {file}: {told}")
             tree = _yaml(text.decode()) or {}
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--config {file}: cannot be read ({error})") from None

@@ -306,7 +306,10 @@ def test_a_file_without_an_end_is_no_configuration():
     job = f"ulimit -v 8000000; exec {sys.executable} -m jobs.make_shapes --config /dev/zero"
     done = subprocess.run(["bash", "-c", job], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == "make_shapes: --config /dev/zero: holds more than 1 MiB, so it is no configuration\n"
+    assert (
+        done.stderr
+        == "make_shapes: --config /dev/zero: holds more than 1 MiB; name a YAML file such as jobs/configs/demo.yaml\n"
+    )
 
 
 @pytest.mark.parametrize("value", ["[" * 3000, "2001-99-99", "1" * 5000, "!!python/name:os.system", "*a", "&a [*a]"])
