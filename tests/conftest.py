@@ -14,6 +14,7 @@ from pathlib import Path
 import boto3
 import fsspec
 import pytest
+import ray
 import torch
 from moto.server import ThreadedMotoServer
 
@@ -73,6 +74,16 @@ def _code() -> str:
 def _files(folder: Path) -> dict[str, list[int]]:
     found = {str(path): path.stat() for path in folder.rglob("*") if path.is_file()}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in sorted(found.items())}
+
+
+@pytest.fixture(scope="module")
+def one_cpu() -> Iterator[None]:
+    """For jobs whose number of workers does not matter: Ray has one CPU, and starts half the processes."""
+    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 1}')
+        yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

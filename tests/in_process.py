@@ -1,6 +1,8 @@
-"""Ray and decode processes left out: what they do is tested elsewhere, and takes seconds to start."""
+"""What is tested elsewhere and takes seconds to start is left out: Ray, decode processes, a process for each job."""
 
 import json
+import runpy
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -13,6 +15,17 @@ from pipelines import storage
 from pipelines.decoding import Decoded
 from pipelines.parts import _PartWriter
 from pipelines.video import fit
+
+
+def run_job(name: str, *arguments: str) -> None:
+    """`python -m jobs.NAME ...` in this process, so that the next one finds Ray and what is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [name, *arguments])
+        try:
+            runpy.run_module(f"jobs.{name}", run_name="__main__")
+        finally:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Here:

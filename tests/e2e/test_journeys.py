@@ -59,6 +59,7 @@ def test_the_three_journeys_of_the_readme_run_as_they_stand(namespace, tmp_path)
     shutil.copy(BIN / "activate", here / ".venv/bin")
     (tmp_path / "home").mkdir()
     environment = {"HOME": str(tmp_path / "home"), "PATH": os.defpath, "RAY_TMPDIR": ray, "PYTHONPATH": str(here)}
+    environment |= {"MLFLOW_WORKERS": "1", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # or it is a dozen processes
     try:
         with (tmp_path / "log").open("w+") as log:
             command = ["ip", "netns", "exec", namespace, "bash", "-c", script]

@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 import torch
+from in_process import run_job
 
 from cil import InitialNoise
 from pipelines import storage
@@ -25,11 +28,20 @@ from pipelines.reader import ClipReader
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
+SMALLEST = str(ROOT / "tests/smallest.yaml")
 
 
-def job(name: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"jobs.{name}", "--config", "tests/smallest.yaml", *arguments]
+def refused(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"jobs.{name}", "--config", SMALLEST, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray_of_its_own(endpoint) -> Iterator[None]:
+    """Whose workers find the endpoint."""
+    ray.shutdown()
+    yield
+    ray.shutdown()
 
 
 def test_files_are_written_listed_and_read(endpoint):
@@ -220,8 +232,7 @@ def test_a_cache_is_made_of_tars_on_s3(endpoint, smallest, tmp_path):
         for file in files:
             tar.add(file, file.name)
     storage.write("s3://webvid/packed/0.tar", data.getvalue())
-    done = job("build_cache", f"out={tmp_path}", "catalog.tars=s3://webvid/packed/*.tar")
-    assert done.returncode == 0, done.stderr
+    run_job("build_cache", "--config", SMALLEST, f"out={tmp_path}", "catalog.tars=s3://webvid/packed/*.tar")
     (manifest,) = tmp_path.glob("cache/snapshots/*/manifest.json")
     counts = json.loads(manifest.read_text())["counts"]
     assert counts["clips"] == config.shapes.videos * config.cache.views_per_video
@@ -259,16 +270,16 @@ def test_a_file_is_put_whole(endpoint, tmp_path):
     assert storage.read("s3://webvid/weights/unet/model.safetensors") == b"weights"
 
 
-def test_a_cache_and_its_initial_noise_on_s3_are_those_of_a_disk(endpoint, road, smallest, tmp_path):
+def test_a_cache_and_its_initial_noise_on_s3_are_those_of_a_disk(endpoint, road, smallest, tmp_path, capsys):
     """Videos, cache and noise are on S3, and every byte of them is as on a disk."""
     make_shapes(smallest(tmp_path))
     for path in (tmp_path / "shapes").rglob("*"):
         if path.is_file():
             storage.write(f"s3://webvid/data/{path.relative_to(tmp_path / 'shapes')}", path.read_bytes())
-    where = ["out=s3://webvid/out", "catalog.csv=s3://webvid/data/videos.csv", "catalog.videos=s3://webvid/data/videos"]
+    where = ["--config", SMALLEST, "out=s3://webvid/out"]
+    where += ["catalog.csv=s3://webvid/data/videos.csv", "catalog.videos=s3://webvid/data/videos"]
     for name in ("build_cache", "initial_noise"):
-        done = job(name, *where)
-        assert done.returncode == 0, done.stderr
+        run_job(name, *where)
     for part in sorted(Path(road.out, "cache/parts").iterdir()):
         assert storage.read(f"s3://webvid/out/cache/parts/{part.name}") == part.read_bytes()
     ours, theirs = (
@@ -285,31 +296,31 @@ def test_a_cache_and_its_initial_noise_on_s3_are_those_of_a_disk(endpoint, road,
     assert [len(latents) for latents in batches[0]] == [2, 1, 2, 3]
     assert all(torch.equal(*pair) for pair in zip(*batches, strict=True))
 
-    again = job("build_cache", *where)
-    assert "nothing to do" in again.stdout
+    capsys.readouterr()
+    run_job("build_cache", *where)
+    assert "nothing to do" in capsys.readouterr().out
 
     base = road.finetune.rows["base"]
-    done = job(
+    run_job(
         "finetune",
         *where,
         *(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "generate.rows={}", "compare.claims=[]"),
         f"finetune.rows={json.dumps({'base': base})}",
     )
-    assert done.returncode == 0, done.stderr
     for kind in ("raw", "ema"):
         file = f"weights/base/{kind}/toy.safetensors"
         assert storage.read(f"s3://webvid/out/{file}") == Path(road.out, file).read_bytes()
 
 
 def test_a_store_that_cannot_be_shared_is_refused_with_artifacts_on_s3(endpoint):
-    done = job("finetune", "out=s3://webvid/out")
+    done = refused("finetune", "out=s3://webvid/out")
     assert done.returncode == 2
     assert "tracking.uri: with out=s3://webvid/out name an MLflow server" in done.stderr
 
 
 def test_an_endpoint_that_nobody_answers_at_is_one_line(endpoint, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    done = job("initial_noise", "out=s3://webvid/out")
+    done = refused("initial_noise", "out=s3://webvid/out")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "http://127.0.0.1:9" in done.stderr

@@ -147,7 +147,7 @@ def test_every_row_of_the_study_has_weights_and_a_run_of_its_own(road):
 def test_a_curve_has_a_point_for_each_interval_of_samples(road):
     client = MlflowClient(store_uri(road))
     run = next(run for run in runs(road, "train") if run.info.run_name == "base")
-    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [32, 64, 96, 128, 160, 192]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [16, 32, 48, 64, 80, 96]
 
 
 def test_fine_tuning_starts_from_the_weights_it_names_and_the_arms_part_ways(road):

@@ -8,7 +8,7 @@ from pipelines.errors import UserError
 from pipelines.finetune import finetune
 from pipelines.tracking import runs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_cpu")]
 
 DIFFERENT = {
     "seed": "seeds: [5]",
@@ -45,7 +45,13 @@ def study(rows: list[str]) -> str:
 def test_rows_that_differ_in_one_setting_have_other_weights(road, smallest, tmp_path):
     """And a row that is asked for is trained alone, and left as it is when the others are trained."""
     (tmp_path / "cache").symlink_to(Path(road.out, "cache"))
-    shared = ["finetune.row.seeds=[1]", "finetune.row.samples=32", "generate.rows={}", "compare.claims=[]"]
+    shared = [
+        "finetune.workers=1",
+        "finetune.row.seeds=[1]",
+        "finetune.row.samples=32",
+        "generate.rows={}",
+        "compare.claims=[]",
+    ]
     shared += [f"finetune.row.weights={road.out}/weights/base"]
     rows = study(["plain: {}", *(f"{name}: {{{own}}}" for name, own in DIFFERENT.items())])
     assert finetune(smallest(tmp_path, rows, *shared, "finetune.only=[plain]")).keys() == {"plain"}
@@ -65,7 +71,7 @@ def test_rows_that_differ_in_one_setting_have_other_weights(road, smallest, tmp_
 def test_a_loss_that_is_not_finite_stops_the_training_and_says_what_to_change(road, smallest, tmp_path):
     (tmp_path / "cache").symlink_to(Path(road.out, "cache"))
     wild = "finetune.rows={wild: {weights: null, seeds: [0], samples: 960, lr: 1.0e+18}}"
-    config = smallest(tmp_path, wild, "generate.rows={}", "compare.claims=[]")
+    config = smallest(tmp_path, wild, "finetune.workers=1", "generate.rows={}", "compare.claims=[]")
     said = r"training of wild stopped: .*row wild: (the loss|a gradient) is not finite .*no checkpoint.*lower lr=1e\+18"
     with pytest.raises(UserError, match=said):
         finetune(config)

@@ -12,7 +12,7 @@ from pipelines.generate import generate
 from pipelines.make_shapes import make_shapes
 from pipelines.tracking import runs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_cpu")]
 
 SETTINGS = (
     *("family.preset=tiny", "family.frames=4", "shapes.videos=24", "shapes.damaged=0", "shapes.frames=8"),

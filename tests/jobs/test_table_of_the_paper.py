@@ -2,11 +2,10 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from in_process import run_job
 from PIL import Image
 from published import C3D, I3D, saved, write_published
 from test_recipe_files import FOLDER, KINDS
@@ -20,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 ROAD = (ROOT / "docs/evaluation.md").read_text().partition("## The paper's table 1")[2]
 TINY = (
     *("family.preset=tiny", "family.frames=16", "family.height=32", "family.width=48", "family.tokenizer=null"),
+    *("family.latents=mean_std", "family.clip_features=true", "family.token_noise=true"),
     *("cache.gpus=0", "cache.stride=[1, 2]", "cache.validation=0.2", "cache.test=0.2", "cache.videos_per_part=24"),
     # bfloat16 is emulated by CPUs that have none (docs/log.md).
     *("family.precision=float32", "finetune.row.precision=float32", "score.feature_steps=2"),
@@ -29,7 +29,11 @@ TINY = (
     *("generate.steps=2", "generate.reference=4", "generate.clips_per_part=2", "score.leakage=2", "score.bootstrap=20"),
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.usefixtures("one_cpu"),
+]
 
 
 def block(kind: str) -> str:
@@ -68,20 +72,13 @@ def study(tmp_path_factory) -> Path:
 
 
 @pytest.mark.timeout(900)
-def test_the_commands_make_the_table(study):
-    overrides = [f"out={study}/out", *TINY]
-    told = ""
+def test_the_commands_make_the_table(study, monkeypatch, capsys):
+    monkeypatch.chdir(study)
+    overrides, told = [f"out={study}/out", *TINY], ""
     for line in block("sh").splitlines():
-        command = [sys.executable, *shlex.split(line)[1:], *overrides]
-        done = subprocess.run(
-            [str(study / "table1.yaml") if word == "table1.yaml" else word for word in command],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            check=False,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-        told = done.stdout
+        job, arguments = re.fullmatch(r"python -m jobs\.(\w+) (.*)", line).groups()
+        run_job(job, *shlex.split(arguments), *overrides)
+        told = capsys.readouterr().out
     config = load(study / "table1.yaml", overrides)
     for arm in config.arms():
         assert re.search(rf"^\| {re.escape(arm)} +\|", told, re.MULTILINE), told

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,13 @@ def _train(rank: int, port: int, folder: str) -> None:
         torch.save(state, Path(folder, f"{name}.pt"))
         engine.destroy()
     dist.destroy_process_group()
+
+
+def test_deepspeed_does_not_wait_for_mlflow_which_is_there_afterwards():
+    code = "import sys; from importlib.util import find_spec; from pipelines import zero; zero.prepare(gpu=False)"
+    code += "; print('deepspeed' in sys.modules, 'mlflow' in sys.modules, find_spec('mlflow') is not None)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines()[-1] == "True False True"
 
 
 def test_there_is_a_profile_of_each_stage_and_each_is_tried_by_default():
