@@ -3,6 +3,7 @@
 import json
 import runpy
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -21,6 +22,7 @@ def run_job(name: str, *arguments: str) -> None:
     """`python -m jobs.NAME ...` in this process, so that the next one finds Ray and what is imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [name, *arguments])
+        patch.delitem(sys.modules, f"jobs.{name}", raising=False)  # runpy warns of one that is there
         try:
             runpy.run_module(f"jobs.{name}", run_name="__main__")
         finally:
