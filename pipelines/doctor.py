@@ -76,7 +76,7 @@ def examined(config: Config) -> list[Finding]:
     here = names[ray.get_runtime_context().get_node_id()]
     objects = {names[id]: each["Resources"].get("object_store_memory", 0) for id, each in nodes.items()}
     gpus = {names[id]: int(each["Resources"].get("GPU", 0)) for id, each in nodes.items()}
-    findings += judged("versions", versions, heard)
+    findings += judged("versions", lambda known: versions(known, gpus), heard)
     findings += judged("code", code, heard)
     findings += judged("deepspeed", deepspeed, heard)
     findings += judged("gpus", lambda known: gpu_line(known, gpus), heard)
@@ -182,7 +182,7 @@ def judged(check: str, judge: Callable[[dict[str, Any]], Iterable[Finding]], fac
 
 
 ADVICE = {
-    "versions": "use one image on all nodes",
+    "versions": "use images of one state of the repository on all nodes",
     "deepspeed": "install it by constraints.txt, and g++ where CPUs train",
     "out": "give this user, or these credentials, the right to write, read and delete there",
     "tracking": "start the MLflow server, or open its port to this node",
@@ -204,17 +204,20 @@ def _asked(check: str, question: Callable[[], Any], good: str, seconds: float) -
 # -- judging -----------------------------------------------------------------------------------------------------------
 
 
-def versions(known: Mapping[str, Mapping[str, str]]) -> Iterator[Finding]:
+def versions(known: Mapping[str, Mapping[str, str]], gpus: Mapping[str, int]) -> Iterator[Finding]:
+    """CUDA's are those of the nodes with GPUs: a head without has the image for CPUs."""
     everything = sorted({name for told in known.values() for name in told})
+    with_gpus = {at: told for at, told in known.items() if gpus[at]} or known
     differ = False
     for name in everything:
-        groups = _by({at: told.get(name, "none") for at, told in known.items()})
+        asked = with_gpus if name in ("cuda", "nccl") else known
+        groups = _by({at: told.get(name, "none") for at, told in asked.items()})
         if len(groups) > 1:
             differ = True
             found = ", ".join(f"{version} on {_listed(nodes)}" for version, nodes in groups)
             yield Finding("failed", "versions", f"{name} {found}", ADVICE["versions"])
     if not differ:
-        told = next(iter(known.values()))
+        told = next(iter(with_gpus.values()))
         yield Finding("good", "versions", ", ".join(f"{name} {told[name]}" for name in told))
 
 

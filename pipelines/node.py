@@ -72,6 +72,7 @@ def versions() -> dict[str, str]:
     import torch
 
     told = {"python": sys.version.split()[0]} | artifact.versions() | {"cuda": torch.version.cuda or "none"}
+    told["torch"] = told["torch"].partition("+")[0]  # the same for CPUs and for CUDA
     if torch.version.cuda and torch.distributed.is_nccl_available():
         told["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     return told
@@ -86,15 +87,16 @@ def code() -> str:
 
 
 def deepspeed(gpu: bool) -> str:
-    """Imports it; on CPUs its operator is compiled when a training begins."""
+    """Imports it; on CPUs its operator is compiled when a training begins, but where that was done with DeepSpeed."""
     from pipelines import zero
 
-    zero.prepare(gpu)
-    import deepspeed
+    found = zero.import_deepspeed(gpu)
+    from deepspeed.git_version_info import installed_ops
 
-    if not gpu and (missing := [tool for tool in ("g++", "ninja") if not shutil.which(tool)]):
+    compiled = installed_ops.get("deepspeed_shm_comm", False)  # as infra/install.sh has it
+    if not gpu and not compiled and (missing := [tool for tool in ("g++", "ninja") if not shutil.which(tool)]):
         raise FileNotFoundError(f"{' and '.join(missing)} missing, with which DeepSpeed builds its operator for CPUs")
-    return str(deepspeed.__version__)
+    return str(found.__version__)
 
 
 def gpus() -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import threading
 import time
 
@@ -24,11 +25,38 @@ def states(findings) -> list[str]:
 
 def test_versions_that_differ_fail_and_each_is_named_with_its_nodes():
     same = {"python": "3.11.2", "torch": "2.13.0"}
-    found = list(doctor.versions({"a": same, "b": same | {"torch": "2.12.0"}, "c": same, "d": same | {"nccl": "2.27"}}))
+    without = dict.fromkeys("abcd", 0)
+    others = {"b": same | {"torch": "2.12.0"}, "d": same | {"nccl": "2.27"}}
+    found = list(doctor.versions({"a": same, "b": same, "c": same, "d": same} | others, without))
     assert states(found) == ["failed", "failed"]
     assert found[0].found == "nccl none on a, b, c, 2.27 on d"
     assert found[1].found == "torch 2.13.0 on a, c, d, 2.12.0 on b"
-    assert states(doctor.versions({"a": same, "b": same})) == ["good"]
+    assert states(doctor.versions({"a": same, "b": same}, without)) == ["good"]
+
+
+def test_a_head_for_cpus_goes_with_workers_for_cuda_that_are_alike():
+    head = {"torch": "2.13.0", "cuda": "none"}
+    worker, gpus = {"torch": "2.13.0", "cuda": "13.0", "nccl": "2.27"}, {"head": 0, "a": 8, "b": 8}
+    (good,) = doctor.versions({"head": head, "a": worker, "b": worker}, gpus)
+    assert (good.state, good.found) == ("good", "torch 2.13.0, cuda 13.0, nccl 2.27")
+    found = list(doctor.versions({"head": head, "a": worker, "b": head}, gpus))
+    assert [each.found for each in found] == ["cuda 13.0 on a, none on b", "nccl 2.27 on a, none on b"]
+    (found,) = doctor.versions({"head": head | {"torch": "2.12.0"}, "a": worker, "b": worker}, gpus)
+    assert found.found == "torch 2.13.0 on a, b, 2.12.0 on head"
+
+
+def test_the_version_of_torch_is_told_without_what_it_was_built_for(monkeypatch):
+    monkeypatch.setattr("pipelines.artifact._version", lambda name: "2.13.0+cu130" if name == "torch" else "1")
+    assert node.versions()["torch"] == "2.13.0"
+
+
+def test_a_compiler_is_wanted_only_where_no_operator_was_compiled_with_deepspeed(monkeypatch):
+    node.deepspeed(gpu=False)
+    monkeypatch.setattr("shutil.which", lambda tool: None)
+    with pytest.raises(FileNotFoundError, match=r"g\+\+ and ninja missing"):
+        node.deepspeed(gpu=False)
+    monkeypatch.setitem(sys.modules["deepspeed.git_version_info"].installed_ops, "deepspeed_shm_comm", True)
+    node.deepspeed(gpu=False)
 
 
 def test_another_state_of_our_code_on_a_node_fails():
