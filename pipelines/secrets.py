@@ -8,7 +8,7 @@ import os
 import re
 from urllib.parse import unquote, urlsplit
 
-NAME = re.compile(r"(?i)secret|passw|_pwd|token|credential|(access|api|private).?key")
+NAME = re.compile(r"(?i)secret|passw|passphrase|_pwd|_auth$|token|credential|key(_id)?$|(access|api|private).?key")
 SHORTEST = 8  # letters of a secret: a shorter value would be found in innocent words
 ADDRESS = re.compile(r"\w[\w+.-]*://[^\s'\"<>]+")
 ASKED = re.compile(r"(?i)(passw|pwd|token|secret|credential|api.?key|signature)\w*=")

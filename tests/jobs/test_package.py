@@ -38,14 +38,14 @@ def folder(tmp_path) -> Path:
     for name in ("jobs/finetune.py", "study.yaml", ".venv/big.so", "outputs/paper/x.arrow", "mlruns/0/meta.yaml"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
-    for name in ("a.mp4", "shard.tar", "model.ckpt", "model.pt", "model.safetensors", ".git"):
+    for name in ("a.mp4", "shard.tar", "model.ckpt", "model.pt", "model.safetensors", ".git", ".env", "s3.env"):
         (folder / name).write_text("x")
     for name in (".rayignore", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
     return folder
 
 
-def test_neither_outputs_nor_weights_nor_videos_are_sent(folder, tmp_path):
+def test_neither_outputs_nor_weights_nor_videos_nor_passwords_are_sent(folder, tmp_path):
     files = {name for name in names_in(folder, tmp_path / "package.zip") if not name.endswith("/")}
     assert files == {"jobs/finetune.py", "study.yaml", ".rayignore", ".gitignore"}
 

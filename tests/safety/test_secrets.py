@@ -74,15 +74,19 @@ def test_what_is_no_secret_is_none(text):
         assert redacted(text) == text
 
 
+OTHERS = ("ENCRYPTION_KEY", "AWS_ACCESS_KEY_ID", "SSH_PASSPHRASE", "REDISCLI_AUTH")
+
+
 def test_secrets_of_the_environment_are_not_said_whoever_quotes_them(monkeypatch):
-    for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MY_API_KEY", "HF_TOKEN", "PGPASSWORD"):
+    for name in ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "MY_API_KEY", "HF_TOKEN", "PGPASSWORD", *OTHERS):
         with monkeypatch.context() as patch:
             patch.setenv(name, SECRET)
             assert SECRET not in str(UserError(f"the server said: {SECRET}!"))
             assert SECRET not in tracking._one_line(RuntimeError(f"401 for {SECRET}"))
     monkeypatch.setenv("A_TOKEN", "short")  # would be found in innocent words
     monkeypatch.setenv("PWD", "/some/where")
-    assert shown("a short way to /some/where") == "a short way to /some/where"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert shown("a short way to /some/where is disabled") == "a short way to /some/where is disabled"
 
 
 def test_a_defect_of_ours_quotes_no_secret():
