@@ -65,7 +65,7 @@ def _rank(rank: int, port: int, jobs: list[tuple[int, str]], width: int, folder:
     os.environ |= {name: str(value) for name, value in told.items()}
     os.dup2(2, 1)  # DeepSpeed prints, and stdout is for the rows
     torch.set_num_threads(1)
-    zero.prepare(gpu=False)
+    zero.import_deepspeed(gpu=False)
     import torch.distributed as dist
 
     dist.init_process_group("gloo")

@@ -149,7 +149,7 @@ def _fit(config: Config, missing: dict[str, Identity], profile: zero.Profile, gp
 
 def train_rows(loop: dict[str, Any]) -> None:
     """What every Ray Train worker runs."""
-    zero.prepare(loop["gpu"])
+    zero.import_deepspeed(loop["gpu"])
     import ray.train
     import torch.distributed as dist
 

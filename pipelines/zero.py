@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -54,8 +55,8 @@ def offloads(profile: Profile, what: str = "optimizer") -> bool:
     return told != "none"
 
 
-def prepare(gpu: bool) -> None:
-    """Imports deepspeed as it is used here, which has to come before all other use of it."""
+def import_deepspeed(gpu: bool) -> ModuleType:
+    """As it is used here, before all other use of it. Meanwhile no other thread can import MLflow."""
     if not gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
@@ -67,10 +68,12 @@ def prepare(gpu: bool) -> None:
     # Its autotuner wants MLflow if it is there, which takes four fifths of the import, and is not used.
     hidden = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-type]
     try:
-        import deepspeed  # noqa: F401
+        import deepspeed
     finally:
         if hidden:
             del sys.modules["mlflow"]
+    module: ModuleType = deepspeed
+    return module
 
 
 def engine_of(net: nn.Module, profile: Profile, row: RowConfig, micro_batch: int, world: int) -> Any:

@@ -53,7 +53,7 @@ def _rank(
     told = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in told.items()}
     torch.set_num_threads(1)
-    zero.prepare(gpu=False)
+    zero.import_deepspeed(gpu=False)
     import torch.distributed as dist
 
     dist.init_process_group("gloo")

@@ -33,7 +33,7 @@ def _train(rank: int, port: int, folder: str) -> None:
     told = {"RANK": rank, "WORLD_SIZE": 1, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in told.items()}
     torch.set_num_threads(1)
-    zero.prepare(gpu=False)
+    zero.import_deepspeed(gpu=False)
     import torch.distributed as dist
 
     from pipelines.shards import WEIGHTS, Shards
@@ -54,7 +54,9 @@ def _train(rank: int, port: int, folder: str) -> None:
 
 
 def test_deepspeed_does_not_wait_for_mlflow_which_is_there_afterwards():
-    code = "import sys; from importlib.util import find_spec; from pipelines import zero; zero.prepare(gpu=False)"
+    code = (
+        "import sys; from importlib.util import find_spec; from pipelines import zero; zero.import_deepspeed(gpu=False)"
+    )
     code += "; print('deepspeed' in sys.modules, 'mlflow' in sys.modules, find_spec('mlflow') is not None)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.splitlines()[-1] == "True False True"

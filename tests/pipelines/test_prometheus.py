@@ -30,7 +30,7 @@ import os, socket, sys, threading, time, urllib.request
 from contextlib import suppress
 from pipelines import zero
 
-zero.prepare(gpu=False)
+zero.import_deepspeed(gpu=False)
 import ray
 import torch.distributed as dist
 from pipelines.cache import build_cache

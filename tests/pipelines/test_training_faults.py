@@ -211,7 +211,7 @@ def test_the_same_command_ends_with_the_same_bits(configs, again, name):
 
 def test_a_lock_that_a_killed_process_left_on_an_operator_stops_nobody(tmp_path):
     """PyTorch would wait for it without an end."""
-    load = "from pipelines import zero; zero.prepare(gpu=False); zero.load_operator('ShareMemCommBuilder')"
+    load = "from pipelines import zero; zero.import_deepspeed(gpu=False); zero.load_operator('ShareMemCommBuilder')"
     kept = {name: value for name, value in os.environ.items() if name != "TORCH_EXTENSIONS_DIR"}
     subprocess.run([sys.executable, "-c", load], env=kept | {"HOME": str(tmp_path)}, check=True)
     built = Path(sys.prefix, "torch_extensions", "deepspeed_shm_comm")  # whatever the home
