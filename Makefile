@@ -21,6 +21,7 @@ test: setup ## the fast tests, the whole road, and processes that are killed on 
 	@$(BIN)/python -m pytest -m slow tests/jobs/test_road.py tests/e2e/test_kills.py --durations 10
 
 test-all: test ## and all other tests: families, S3, nodes, clusters, networks that fail
+	@# In the order of folders, as the longest files are in tests/jobs.
 	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/e2e --ignore tests/jobs/test_road.py --durations 25
 	@$(BIN)/python -m pytest -m slow tests/e2e --ignore tests/e2e/test_kills.py --durations 25
 

@@ -25,7 +25,7 @@ def run_job(name: str, *arguments: str) -> None:
         patch.delitem(sys.modules, f"jobs.{name}", raising=False)  # runpy warns of one that is there
         try:
             runpy.run_module(f"jobs.{name}", run_name="__main__")
-        finally:
+        finally:  # as each process of a job takes them for itself
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

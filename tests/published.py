@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from cil import families
 from cil.checkpoints import write_diffusers
 from cil.families.sd_vae import seeded
+from pipelines.config import Config
 
 
 def write_published(name: str, folder: Path, seed: int = 3, frames: int = 4) -> Path:
@@ -113,3 +114,13 @@ def write_raft(file: Path, step: tuple[float, float], layout: str = "torchvision
             tensor[4 * 64 : 5 * 64] = 200  # all is what the pixel in the middle says, of nine
     torch.save(state, file)
     return file
+
+
+def told_of(weights: Path, config: Config) -> list[Path]:
+    """The manifests of a study whose identity names a place of weights."""
+    found = {path: json.loads(path.read_text()) for path in Path(config.out).rglob("manifest.json")}
+    # A checkpoint's has its configuration too, for people.
+    held = {
+        path: told.get("identity", {k: v for k, v in told.items() if k != "config"}) for path, told in found.items()
+    }
+    return [path for path, told in held.items() if str(weights) in json.dumps(told)]

@@ -33,7 +33,7 @@ class Server:
         until(self.answers)
 
     def answers(self) -> bool:
-        if not self.inside:
+        if not self.inside:  # this machine's network is ours: no process has to look
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=1):
                 return True
             return False

@@ -1,7 +1,7 @@
 """The README's three journeys, executed as they stand there: by one shell, in a copy of the repository.
 
 In a network namespace of its own, as `ray start` and `mlflow ui` take their usual ports, and what they leave running is
-known by it.
+known by it. `make setup` is left out: the environment is that of the tests.
 """
 
 import os
@@ -52,7 +52,7 @@ def test_the_three_journeys_of_the_readme_run_as_they_stand(namespace, tmp_path)
     answers = (
         f"until python -c 'import urllib.request; urllib.request.urlopen(\"{UI}\")' 2> /dev/null; do sleep 1; done"
     )
-    script = "\n".join(["set -euo pipefail", cache, submit, f"{compare} &", answers, "echo MLflow answers"])
+    script = "\n".join(["set -euo pipefail", cache, submit, f"{compare} &", answers, "echo MLflow answers; ss -ltnH"])
     here, ray = tmp_path / "repository", tempfile.mkdtemp(prefix="ray")  # short: Ray's sockets stand in it
     shutil.copytree(ROOT, here, ignore=shutil.ignore_patterns(*LEFT_OUT))
     (here / ".venv/bin").mkdir(parents=True)
@@ -67,7 +67,9 @@ def test_the_three_journeys_of_the_readme_run_as_they_stand(namespace, tmp_path)
             log.seek(0)
             said = log.read()
         assert done.returncode == 0, said[-5000:]
-        assert "MLflow answers" in said
+        listening = said.partition("MLflow answers\n")[2]
+        for port in (5000, 8265):  # MLflow, and Ray's dashboard
+            assert re.findall(rf"(\S+):{port} ", listening) == ["127.0.0.1"], listening
         out = here / "outputs/demo"
         (page,) = out.glob("comparison/*/index.html")
         assert page.read_text().count("<video") > 0

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 SMALLEST = str(ROOT / "tests/smallest.yaml")
 
 
-def refused(name: str, *arguments: str) -> subprocess.CompletedProcess:
+def ended(name: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", f"jobs.{name}", "--config", SMALLEST, *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
 
@@ -313,14 +313,14 @@ def test_a_cache_and_its_initial_noise_on_s3_are_those_of_a_disk(endpoint, road,
 
 
 def test_a_store_that_cannot_be_shared_is_refused_with_artifacts_on_s3(endpoint):
-    done = refused("finetune", "out=s3://webvid/out")
+    done = ended("finetune", "out=s3://webvid/out")
     assert done.returncode == 2
     assert "tracking.uri: with out=s3://webvid/out name an MLflow server" in done.stderr
 
 
 def test_an_endpoint_that_nobody_answers_at_is_one_line(endpoint, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    done = refused("initial_noise", "out=s3://webvid/out")
+    done = ended("initial_noise", "out=s3://webvid/out")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "http://127.0.0.1:9" in done.stderr

@@ -81,7 +81,7 @@ def cluster(environment) -> Iterator[str]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(cluster: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+def submit(cluster: str, environment: dict[str, str], *entrypoint: str) -> subprocess.CompletedProcess:
     command = [
         BIN / "ray",
         "job",
@@ -91,9 +91,7 @@ def submit(cluster: str, environment: dict[str, str], *arguments: str) -> subpro
         "--working-dir",
         ".",
         "--",
-        "python",
-        "-m",
-        *arguments,
+        *entrypoint,
     ]
     deadline = time.monotonic() + 60
     while True:
@@ -101,6 +99,18 @@ def submit(cluster: str, environment: dict[str, str], *arguments: str) -> subpro
         # A head node takes jobs some seconds after it says that it has started.
         if "No available agent" not in done.stderr or time.monotonic() > deadline:
             return done
+
+
+def test_every_job_takes_its_configuration_in_the_cluster(cluster, environment, tmp_path):
+    """By Ray's own command."""
+    names = sorted(path.stem for path in (ROOT / "jobs").glob("*.py") if not path.stem.startswith("_"))
+    check = (
+        f"for job in {' '.join(names)}; do python -m jobs.$job --check out={tmp_path} > {tmp_path}/$job || exit; done"
+    )
+    done = submit(cluster, environment, "bash", "-c", check)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in names:
+        assert json.loads((tmp_path / name).read_text())["out"] == str(tmp_path), name
 
 
 def test_the_cluster_refuses_those_who_have_no_token(cluster):
@@ -124,7 +134,7 @@ def test_who_has_no_token_or_a_wrong_one_is_told_where_to_get_it(cluster, enviro
 
 
 def test_a_relative_folder_would_be_lost_with_the_job_and_is_refused(cluster, environment):
-    done = submit(cluster, environment, "jobs.make_shapes", "out=relative")
+    done = submit(cluster, environment, "python", "-m", "jobs.make_shapes", "out=relative")
     assert done.returncode != 0
     assert "out=relative: in a submitted job it must be an absolute path" in done.stdout
 
@@ -133,7 +143,9 @@ def test_a_relative_folder_would_be_lost_with_the_job_and_is_refused(cluster, en
 def shapes(cluster, environment, tmp_path_factory) -> Path:
     """Made by a submitted job, as Ray's own command submits it."""
     out = tmp_path_factory.mktemp("shared")
-    done = submit(cluster, environment, "jobs.make_shapes", "--config", "tests/smallest.yaml", f"out={out}")
+    done = submit(
+        cluster, environment, "python", "-m", "jobs.make_shapes", "--config", "tests/smallest.yaml", f"out={out}"
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     return out
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from in_process import run_job
 from PIL import Image
-from published import C3D, I3D, saved, write_published
+from published import C3D, I3D, saved, told_of, write_published
 from test_recipe_files import FOLDER, KINDS
 
+from cil import families
 from pipelines.config import load
 from pipelines.make_shapes import make_shapes
 from pipelines.tracking import runs
@@ -83,6 +84,16 @@ def test_the_commands_make_the_table(study, monkeypatch, capsys):
     for arm in config.arms():
         assert re.search(rf"^\| {re.escape(arm)} +\|", told, re.MULTILINE), told
     assert {"before", *KINDS, "naive+analytic-init", "timenoise+analytic-init"} == config.arms().keys()
+
+    # The published weights were trained, and nothing depends on where they were.
+    family = families.load("dynamicrafter", 16, 32, 48, weights=str(config.family.weights))
+    before, after = (
+        family.restore(Path(config.family.weights)),
+        family.restore(Path(config.out, "weights/timenoise/raw")),
+    )
+    assert before.keys() == after.keys()
+    assert 0 < max(float((after[key] - before[key]).abs().max()) for key in before) < 1e-3
+    assert told_of(Path(config.family.weights), config) == []
 
     # Rows of the training that differ in one word, and have all that is told of a training.
     trained = {run.info.run_name: run.data for run in runs(config, "train")}

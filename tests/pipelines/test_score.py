@@ -31,6 +31,7 @@ from cil.metrics.spectra import spatial_spectrum, temporal_spectrum
 from pipelines import storage
 from pipelines.artifact import Artifact
 from pipelines.cache import build_cache
+from pipelines.compare import compare
 from pipelines.config import load
 from pipelines.decoding import DecodePool
 from pipelines.errors import UserError
@@ -110,6 +111,19 @@ def table(config, name: str = "ours", file: str = "scores") -> dict[str, dict]:
 def run_of(config, name: str = "ours"):
     (found,) = [run for run in runs(config, "evaluate") if run.info.run_name == name]
     return found
+
+
+def test_scores_and_their_comparison_are_written_to_s3_as_to_a_disk(told, endpoint, tmp_path):
+    here = told()
+    score(here)
+    there = told("out=s3://webvid/scored", f"tracking.experiment={tmp_path.name}-there")
+    score(there)
+    for file in ("scores", "rejects"):
+        name = f"scores/ours/{file}.jsonl"
+        assert storage.read(f"{there.out}/{name}") == storage.read(f"{here.out}/{name}")
+    page = storage.read(f"{compare(there).uri}/index.html").decode()
+    assert "ours" in page
+    assert page.count("<video") == storage.read(f"{compare(here).uri}/index.html").decode().count("<video") > 0
 
 
 def test_two_folders_from_elsewhere_are_scored_without_a_cache_or_a_study(told, sets, capfd):
