@@ -312,7 +312,7 @@ def bytes_table() -> str:
         cores = clips * (1 / rate("decoding") + rate("scores") / 1000) / HOUR
         rows.append([name, f"{clips:,}", *sizes, *objects, f"{cores:,.0f}"])
     heads = ["", "clips", "TB read", "TB kept", "a month", "parts", "files", "actors, at most", "objects of the driver"]
-    heads += ["GiB of the driver", "GiB of each node's disk", "core-hours of decoding"]
+    heads += ["GiB of the driver's memory", "GiB of each node's disk", "core-hours of decoding"]
     return _table(heads, rows)
 
 

@@ -34,7 +34,7 @@ echo "setup: building DeepSpeed's operators for CPUs into .venv/torch_extensions
 .venv/bin/python - >.venv/deepspeed-build.log 2>&1 <<'PYTHON' ||
 from pipelines import zero
 
-zero.prepare(gpu=False)
+zero.import_deepspeed(gpu=False)
 for operator in ("ShareMemCommBuilder", "CPUAdamBuilder"):
     zero.load_operator(operator)
 PYTHON
