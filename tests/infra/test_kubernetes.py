@@ -187,6 +187,64 @@ def test_jobs_ask_for_the_gpus_and_cpus_that_their_nodes_have(name, monkeypatch)
             assert config.tracking.uri == "http://mlflow.cil:5000"
 
 
+QUANTITY = {"Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def bytes_of(quantity: str) -> int:
+    return int(quantity[:-2]) * QUANTITY[quantity[-2:]]
+
+
+def pods_of_ray(name: str) -> dict[str, dict[str, Any]]:
+    """By the group; the head's is `head`."""
+    cluster = cluster_of(RAYS[name])
+    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]} | {"head": cluster["headGroupSpec"]}
+    return {group: spec["template"]["spec"] for group, spec in groups.items()}
+
+
+@pytest.mark.parametrize("name", RAYS)
+def test_nodes_have_a_fast_disk_and_shared_memory_that_is_counted(name):
+    for pod in pods_of_ray(name).values():
+        (container,) = pod["containers"]
+        mounted = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
+        volumes = {each["name"]: each["emptyDir"] for each in pod["volumes"]}
+        disk, memory = volumes[mounted["/tmp"]], volumes[mounted["/dev/shm"]]
+        assert "medium" not in disk
+        assert bytes_of(disk["sizeLimit"]) >= 50 * 2**30
+        assert memory["medium"] == "Memory"
+        assert bytes_of(memory["sizeLimit"]) <= bytes_of(container["resources"]["limits"]["memory"]) / 2
+
+
+def test_the_nodes_of_a_training_know_over_which_network_they_meet():
+    for pod in pods_of_ray("infra/kubernetes/jobs/finetune.yaml#0").values():
+        names = {variable["name"] for variable in pod["containers"][0]["env"]}
+        assert {"NCCL_DEBUG", "NCCL_SOCKET_IFNAME"} <= names
+
+
+@pytest.mark.parametrize("job", ["finetune", "evaluate"])
+def test_gpus_are_given_to_a_job_all_at_once(job):
+    made = JOBS[f"infra/kubernetes/jobs/{job}.yaml#0"]
+    assert made["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "cil"}
+    assert not cluster_of(made).get("enableInTreeAutoscaling")  # which would ask for nodes one by one
+    for group in cluster_of(made)["workerGroupSpecs"]:
+        assert group["minReplicas"] == group["replicas"] == group["maxReplicas"]
+
+
+def test_a_training_without_room_lets_go_what_it_holds():
+    assert JOBS["infra/kubernetes/jobs/finetune.yaml#0"]["spec"]["preRunningDeadlineSeconds"] == 7200
+
+
+@pytest.mark.parametrize("name", ["cluster.yaml#0", "jobs/build-cache.yaml#0"])
+def test_nodes_come_and_go_by_the_work_that_there_is(name):
+    cluster = cluster_of(RAYS[f"infra/kubernetes/{name}"])
+    assert cluster["enableInTreeAutoscaling"]
+    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    assert groups.keys() == {"cpu", "gpu"}
+    assert all(group["minReplicas"] == 0 < group["maxReplicas"] for group in groups.values())
+    for group, spec in groups.items():
+        asked = spec["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert ("nvidia.com/gpu" in asked) == (group == "gpu")
+
+
 # -- safety ------------------------------------------------------------------------------------------------------------
 
 

@@ -7,11 +7,13 @@ import os
 import socket
 import tarfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import boto3
+import numpy as np
 import pytest
 import torch
 from in_process import instead_of_ray
@@ -32,6 +34,7 @@ from pipelines.sets import generated
 from pipelines.study import Arm, Metric, Study
 from pipelines.table import Cell, Column, as_csv
 from pipelines.tars import samples
+from pipelines.video import BadVideo, PyAVDecoder, encode
 
 OUT = ["../secret", "/etc/passwd", "a/../../secret", "..", "s3://bucket/secret", "file:///etc/passwd", "a\0b", ""]
 
@@ -249,3 +252,41 @@ def test_a_clip_of_a_strangers_cache_writes_no_video_outside(tmp_path):
     with pytest.raises(UserError, match="is named as a file in it, and is none"):
         made.write(str(tmp_path / "videos"), {"file": "../../outside_0.mp4", "fps": 8}, torch.zeros(2))
     assert list(tmp_path.rglob("*.mp4")) == []
+
+
+@pytest.fixture
+def asked() -> Iterator[tuple[str, list[object]]]:
+    """An address, and who has called there."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        callers: list[object] = []
+
+        def answer() -> None:
+            with suppress(OSError):  # closed
+                while True:
+                    callers.append(listening.accept())
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}", callers
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "ffconcat version 1.0\nfile mine.mp4\n",  # the one that FFmpeg by itself would follow
+        "ffconcat version 1.0\nfile http://{address}/mine.mp4\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\nmine.mp4\n#EXT-X-ENDLIST\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1.0,\nhttp://{address}/mine.mp4\n#EXT-X-ENDLIST\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+        "m=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+    ],
+    ids=["a script of a file", "a script of an address", "a list of a file", "a list of an address", "a stream"],
+)
+def test_a_video_that_is_a_list_of_others_opens_none_of_them(script, asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    frames = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), dtype=np.uint8)
+    (tmp_path / "mine.mp4").write_bytes(encode(frames, 8))
+    address, callers = asked
+    with pytest.raises(BadVideo):
+        PyAVDecoder(script.format(address=address).encode())
+    assert callers == []
