@@ -96,6 +96,6 @@ def instead_of_ray(monkeypatch: pytest.MonkeyPatch) -> Here:
     monkeypatch.setattr("ray.put", lambda value: value)
     monkeypatch.setattr("pipelines.cluster.connect", lambda: None)
     monkeypatch.setattr("pipelines.cluster.refuse_unseen", lambda files: None)
-    for module in ("cache", "initial_noise", "generate"):
+    for module in ("cache", "initial_noise", "generate", "score", "leakage"):
         monkeypatch.setattr(f"pipelines.{module}.make_parts", ours.make_parts)
     return ours

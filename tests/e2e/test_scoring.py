@@ -83,7 +83,7 @@ def test_a_scoring_that_is_killed_at_any_time_ends_with_the_same_bytes_and_tells
     assert done.returncode == 0, done.stderr
 
     undisturbed = load(None, [f"out={tmp_path}/undisturbed", *named])
-    monkeypatch.setattr("pipelines.score.make_parts", instead_of_ray(monkeypatch).make_parts)
+    instead_of_ray(monkeypatch)
     score(undisturbed)
     assert tables(out) == tables(undisturbed.out)
     assert told_once(load(None, [f"out={out}", *named])) == told_once(undisturbed)

@@ -1,11 +1,14 @@
-"""Every training setting reaches the weights: rows of one study that differ in one of them."""
+"""Every training setting reaches the weights: rows of one study that differ in one of them, and members of a sweep."""
 
 from pathlib import Path
 
 import pytest
+from in_process import instead_of_ray
 
+from pipelines import storage
 from pipelines.errors import UserError
 from pipelines.finetune import finetune
+from pipelines.generate import generate
 from pipelines.tracking import runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_cpu")]
@@ -37,35 +40,54 @@ DIFFERENT = {
 }
 
 
-def study(rows: list[str]) -> str:
-    return "finetune.rows={" + ", ".join(rows) + "}"
-
-
-@pytest.mark.timeout(600)  # two dozen trainings
-def test_rows_that_differ_in_one_setting_have_other_weights(road, smallest, tmp_path):
-    """And a row that is asked for is trained alone, and left as it is when the others are trained."""
+@pytest.mark.timeout(600)  # more than two dozen trainings
+def test_rows_that_differ_in_one_setting_and_members_of_a_sweep_have_other_weights(
+    road, smallest, tmp_path, monkeypatch
+):
+    """And what is asked for is trained alone, and left as it is when others, of the same sweep too, are trained."""
     (tmp_path / "cache").symlink_to(Path(road.out, "cache"))
-    shared = [
-        "finetune.workers=1",
-        "finetune.row.seeds=[1]",
-        "finetune.row.samples=32",
-        "generate.rows={}",
-        "compare.claims=[]",
-    ]
-    shared += [f"finetune.row.weights={road.out}/weights/base"]
-    rows = study(["plain: {}", *(f"{name}: {{{own}}}" for name, own in DIFFERENT.items())])
-    assert finetune(smallest(tmp_path, rows, *shared, "finetune.only=[plain]")).keys() == {"plain"}
-    plain = tmp_path / "weights/plain/ema/toy.safetensors"
-    made = plain.stat().st_mtime_ns
-    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["plain"]
 
-    config = smallest(tmp_path, rows, *shared)
+    def study(a: str, *more: str):
+        rows = ["plain: {}", *(f"{name}: {{{own}}}" for name, own in DIFFERENT.items())]
+        rows += [f"cured: {{conditioning: {{kind: timenoise}}, sweep: {{conditioning.a: {a}}}}}"]
+        every = (
+            "finetune.workers=1",
+            "finetune.row.warmup=16",
+            "finetune.row.seeds=[1]",
+            "finetune.row.samples=32",
+            "compare.claims=[]",
+        )
+        begin = f"finetune.row.weights={road.out}/weights/base"
+        videos = ("generate.clips=2", "generate.reference=2", "generate.steps=2")
+        early = "generate.rows={early: {weights: cured, M: 700}}"
+        return smallest(tmp_path, f"finetune.rows={{{', '.join(rows)}}}", *every, begin, *videos, early, *more)
+
+    def written() -> dict[str, Path]:
+        return {path.parts[-3]: path for path in (tmp_path / "weights").glob("*/ema/toy.safetensors")}
+
+    alone = {"plain", "cured_a=1"}
+    assert finetune(study("[1]", "finetune.only=[plain, cured]")).keys() == alone
+    made = {name: path.stat().st_mtime_ns for name, path in written().items()}
+    assert {path.name for path in (tmp_path / "weights").iterdir()} == made.keys() == alone
+
+    config = study("[1, 4]")
     finetune(config)
-    assert plain.stat().st_mtime_ns == made
-    weights = {path.parts[-3]: path.read_bytes() for path in (tmp_path / "weights").glob("*/ema/toy.safetensors")}
-    assert weights.keys() == {"plain", *DIFFERENT}
+    assert {name: written()[name].stat().st_mtime_ns for name in alone} == made
+    weights = {name: path.read_bytes() for name, path in written().items()}
+    assert weights.keys() == {*alone, "cured_a=4", *DIFFERENT}
     assert len(set(weights.values())) == len(weights)
-    assert {run.info.run_name for run in runs(config, "train")} == weights.keys()
+    found = {run.info.run_name: run.data.params for run in runs(config, "train")}
+    assert found.keys() == weights.keys()
+    assert [found[f"cured_a={a}"]["row.conditioning.a"] for a in (1, 4)] == ["1.0", "4.0"]
+
+    # Each member is sampled, as a row of its own.
+    instead_of_ray(monkeypatch)
+    sets = generate(config)
+    assert sets.keys() == {"real", "reference", "early_a=1", "early_a=4"}
+    for a in (1, 4):
+        (told,) = {line["row"]["weights"] for line in storage.read_rows(f"{sets[f'early_a={a}'].uri}/index.jsonl")}
+        assert told == f"cured_a={a}"
+        assert len(list(Path(sets[f"early_a={a}"].uri).glob("*.mp4"))) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_and_says_what_to_change(road, smallest, tmp_path):

@@ -94,8 +94,6 @@ def store(tmp_path_factory) -> str:
 @pytest.fixture
 def told(sets, store, here, monkeypatch, tmp_path):
     """told("key=value", ...) -> a configuration of `ours`, measured to the reference, scored in this process."""
-    for module in ("score", "leakage", "generate"):
-        monkeypatch.setattr(f"pipelines.{module}.make_parts", here.make_parts)
 
     def of(*overrides: str):
         named = [f"out={tmp_path}/out", f"tracking.uri={store}", f"tracking.experiment={tmp_path.name}"]
