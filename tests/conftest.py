@@ -29,6 +29,17 @@ ROOT = Path(__file__).parents[1]
 USED = ("cil", "pipelines", "jobs", "infra/deepspeed")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where two processes of pytest share the tests, one of them has all of tests/e2e, one after the other: they are the
+    longest, wait more than they compute, and are about what happens in time. Of the others each file stays together.
+    """
+    items.sort(key=lambda item: "e2e" not in item.path.parts)
+    for item in items:
+        together = "e2e" if "e2e" in item.path.parts else item.path.name
+        item.add_marker(pytest.mark.xdist_group(together))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
     """Networks here are so small that threads waiting for each other cost more than they save."""
