@@ -6,6 +6,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Iterable
+from typing import Any
 
 from pipelines import storage
 from pipelines.errors import Unfinished, UserError
@@ -22,21 +23,20 @@ def connect() -> None:
         return
     # The backend's log lines would stand between ours; what goes wrong in a task reaches us as an exception.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    root = os.getcwd()
-    # Workers import the same code as the driver.
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     # Never a cluster that somebody else left on this machine, unless RAY_ADDRESS says so.
     address = os.environ.get("RAY_ADDRESS", "local")
-    environment = {"env_vars": {"PYTHONPATH": path}}
-    dashboard = None  # as whoever has started it wanted
+    ours: dict[str, Any]
     if address == "local":
         # For this machine alone, as Ray does it on a Mac: else whoever reaches the machine reaches a dozen ports.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
-        dashboard = False  # a dozen processes, which would compete with a short job
+        # A dozen processes fewer, which would compete with a short job. And no runtime environment: workers have this
+        # one's folder and environment anyway, and those that Ray starts ahead are of use.
+        ours = {"include_dashboard": False}
+    else:  # workers import the same code as the driver
+        path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+        ours = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
     stopped = signal.getsignal(signal.SIGTERM)
-    ray.init(
-        address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, include_dashboard=dashboard
-    )
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **ours)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stopped or signal.SIG_DFL)  # Ray puts its own there
     data = ray.data.DataContext.get_current()
