@@ -31,8 +31,8 @@ USED = ("cil", "pipelines", "jobs", "infra/deepspeed")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two processes of pytest one has all of tests/e2e, one after the other: they are the longest, wait more than they
-    compute, and are about what happens in time. Of the others each file stays together.
+    """Of two processes of pytest one has all of tests/e2e, one after the other: they are about what happens in time,
+    and wait more than they compute. Of the others each file stays together.
     """
     items.sort(key=lambda item: "e2e" not in item.path.parts)
     for item in items:

@@ -176,6 +176,18 @@ def test_the_data_cache_and_training_jobs_run_when_submitted(cluster, environmen
     assert once_more.stdout.startswith(said["build_cache"].replace(" is submitted", "-2 is submitted, as "))
     assert "nothing to do" in once_more.stdout
 
+    # A training that is stopped goes on from its checkpoint.
+    training = ("finetune", *configuration[:-1], "finetune.rows={stopped: {weights: null, seeds: [0], samples: 800}}")
+    known_by = cil(cluster, environment, *training).stdout.split()[1]
+    until(lambda: any(shapes.glob("training/stopped/*/manifest.json")))
+    assert api(cluster, environment, f"{known_by}/stop", method="POST") == {"stopped": True}  # `ray job stop`
+    until(lambda: api(cluster, environment, known_by)["status"] == "STOPPED", 60)
+    assert not (shapes / "weights/stopped/manifest.json").exists()
+    done = cil(cluster, environment, *training, "--follow")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "finetune stopped: goes on from the checkpoint at " in done.stdout
+    assert read_manifest(f"{shapes}/weights/stopped", "weights").counts["samples"] == 800
+
 
 def api(cluster: str, environment: dict[str, str], path: str, **options: str) -> object:
     """As Ray's own commands ask it, without the seconds that they take to start."""

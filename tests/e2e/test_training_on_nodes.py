@@ -1,7 +1,8 @@
 """A training on two nodes of a Ray cluster outlives them, and has the weights of one that a single machine makes.
 
 Each node has one CPU, which a worker takes, and is in a network namespace of its own; the job runs in the first one's.
-The second node is told to go and goes, the one that comes in its place is lost without a word, and another one comes.
+The second node is told to go and goes, the one that comes in its place is lost without a word, the next one is cut off
+from the network for a while, and another one comes.
 """
 
 import contextlib
@@ -59,7 +60,8 @@ class Disturbed(NamedTuple):
     noticed: list[int]  # the samples of the checkpoints that there were when a node was about to go
     waited: str  # what the job said while somebody else had the CPUs
     stood: str  # while its workers stood still in their places
-    lacked: str  # and when a node was lost
+    lacked: str  # when a node was lost
+    cut: str  # and when one was cut off
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +148,8 @@ def disturbed(arguments, cache, undisturbed, tmp_path_factory) -> Disturbed:
             until(lambda: "finetune base: " in said.read_text()[before:], 120)
 
         with busy(machines[0], environment):
-            # One failure is forgiven: it is that of the node which is lost without a word.
-            more = (f"out={out}", f"tracking.uri={server.uri}", "finetune.max_failures=1")
+            # Two failures are forgiven: of the node which is lost without a word, and of the one which is cut off.
+            more = (f"out={out}", f"tracking.uri={server.uri}", "finetune.max_failures=2")
             job = stack.enter_context(impatient(machines[0], said, *arguments, *more, **environment))
             until(lambda: "waits for" in said.read_text(), 120)
             waited = said.read_text()
@@ -171,8 +173,18 @@ def disturbed(arguments, cache, undisturbed, tmp_path_factory) -> Disturbed:
         until(lambda: said.read_text()[before:].count("has 1 CPU") > 1)
         lacked = said.read_text()[before:]
 
+        fourth = stack.enter_context(another_node(machines[1], environment))
+        goes_on()
+        before = len(said.read_text())
+        if machines[1].namespace:
+            machines[1].cut_off()  # what comes over the network stands still, and nobody is told
+            until(lambda: "has 1 CPU" in said.read_text()[before:])
+            machines[1].cut_off(False)
+            until(lambda: fourth.poll() is not None)  # it hears that it was given up
+        cut = said.read_text()[before:]
+
         stack.enter_context(another_node(machines[1], environment))
-        return Disturbed(out, job.wait(120), noticed, waited, stood, lacked)
+        return Disturbed(out, job.wait(120), noticed, waited, stood, lacked, cut)
 
 
 def weights(out: Path) -> dict[str, bytes]:
@@ -194,6 +206,7 @@ def test_a_training_without_a_place_says_what_it_waits_for_and_keeps_saying_it(d
     waits = "finetune: waits for 2 workers of 1 CPU each: the cluster has {}; add nodes, or set finetune.workers\n"
     assert waits.format("2 CPUs, 0 of them free") in disturbed.waited
     assert disturbed.lacked.count(waits.format("1 CPU")) > 1
+    assert waits.format("1 CPU") in disturbed.cut
 
 
 def test_a_training_that_stands_still_in_its_place_does_not_say_that_it_waits(disturbed):
