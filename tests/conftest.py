@@ -17,6 +17,8 @@ import pytest
 import ray
 import torch
 from moto.server import ThreadedMotoServer
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from jobs import paper
 from pipelines import storage
@@ -29,15 +31,18 @@ ROOT = Path(__file__).parents[1]
 USED = ("cil", "pipelines", "jobs", "infra/deepspeed")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class Together(LoadFileScheduling):
     """Of two processes of pytest one has all of tests/e2e, one after the other: they are about what happens in time,
     and wait more than they compute. Of the others each file stays together.
     """
-    items.sort(key=lambda item: "e2e" not in item.path.parts)
-    for item in items:
-        together = "e2e" if "e2e" in item.path.parts else item.path.name
-        item.add_marker(pytest.mark.xdist_group(together))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "e2e" if "tests/e2e/" in file else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Together:
+    return Together(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")
