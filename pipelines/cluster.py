@@ -25,18 +25,18 @@ def connect() -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Never a cluster that somebody else left on this machine, unless RAY_ADDRESS says so.
     address = os.environ.get("RAY_ADDRESS", "local")
-    ours: dict[str, Any]
+    options: dict[str, Any]
     if address == "local":
         # For this machine alone, as Ray does it on a Mac: else whoever reaches the machine reaches a dozen ports.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
         # A dozen processes fewer, which would compete with a short job. And no runtime environment: workers have this
         # one's folder and environment anyway, and those that Ray starts ahead are of use.
-        ours = {"include_dashboard": False}
+        options = {"include_dashboard": False}
     else:  # workers import the same code as the driver
         path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-        ours = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
+        options = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
     stopped = signal.getsignal(signal.SIGTERM)
-    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **ours)
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stopped or signal.SIG_DFL)  # Ray puts its own there
     data = ray.data.DataContext.get_current()

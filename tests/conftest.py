@@ -41,8 +41,9 @@ class Together(LoadFileScheduling):
         return "e2e" if "tests/e2e/" in file else file
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Together:
-    return Together(config, log)
+@pytest.hookimpl(optionalhook=True)  # xdist may be left out
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Together | None:
+    return Together(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True, scope="module")

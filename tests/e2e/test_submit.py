@@ -151,42 +151,54 @@ def shapes(cluster, environment, tmp_path_factory) -> Path:
     return out
 
 
-def test_the_data_cache_and_training_jobs_run_when_submitted(cluster, environment, shapes):
-    """With the same configuration file that a laptop uses; and once, however often they are submitted."""
-    configuration = ["--config", "tests/smallest.yaml", f"out={shapes}", "compare.claims=[]"]
-    configuration += ["generate.rows={}"]
-    configuration += ["finetune.rows={base: {weights: null, seeds: [0], samples: 64, where: {}}}"]
-    said = {}
-    for job in ("build_cache", "finetune"):
-        done = cil(cluster, environment, job, *configuration, "--follow")
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-        said[job], *_, last = done.stdout.splitlines()
-        assert said[job].endswith(" is submitted")
-        assert last == said[job].replace(" is submitted", " succeeded")
+@pytest.fixture(scope="module")
+def configuration(shapes) -> list[str]:
+    """The file that a laptop uses too, and what follows it for any job."""
+    return ["--config", "tests/smallest.yaml", f"out={shapes}", "compare.claims=[]", "generate.rows={}"]
+
+
+def followed(cluster: str, environment: dict[str, str], *arguments: str) -> list[str]:
+    """What is said of a job that succeeds."""
+    done = cil(cluster, environment, *arguments, "--follow")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def built(cluster, environment, configuration) -> str:
+    """A cache, made by a submitted job; answers the first line that was said."""
+    first, *_, last = followed(cluster, environment, "build_cache", *configuration)
+    assert first.endswith(" is submitted")
+    assert last == first.replace(" is submitted", " succeeded")
+    return first
+
+
+def test_a_cache_is_built_once_however_often_it_is_submitted(cluster, environment, shapes, configuration, built):
     (snapshot,) = (shapes / "cache/snapshots").iterdir()
     assert read_manifest(str(snapshot), "snapshot").counts["clips"] == 339
-    counts = read_manifest(f"{shapes}/weights/base", "weights").counts
-    assert (counts["samples"], counts["steps"], counts["skipped_batches"]) == (64, 8, 0)
-
     again = cil(cluster, environment, "build_cache", *configuration)
     assert again.returncode == 0
-    assert again.stdout.startswith(said["build_cache"].replace(" is submitted", " has succeeded already"))
-    once_more = cil(cluster, environment, "build_cache", *configuration, "--again", "--follow")
-    assert once_more.returncode == 0
-    assert once_more.stdout.startswith(said["build_cache"].replace(" is submitted", "-2 is submitted, as "))
-    assert "nothing to do" in once_more.stdout
+    assert again.stdout.startswith(built.replace(" is submitted", " has succeeded already"))
+    once_more = followed(cluster, environment, "build_cache", *configuration, "--again")
+    assert once_more[0].startswith(built.replace(" is submitted", "-2 is submitted, as "))
+    assert any("nothing to do" in line for line in once_more)
 
-    # A training that is stopped goes on from its checkpoint.
-    training = ("finetune", *configuration[:-1], "finetune.rows={stopped: {weights: null, seeds: [0], samples: 800}}")
-    known_by = cil(cluster, environment, *training).stdout.split()[1]
-    until(lambda: any(shapes.glob("training/stopped/*/manifest.json")))
+
+def test_a_training_that_is_stopped_goes_on_from_its_checkpoint(cluster, environment, shapes, configuration, built):
+    rows = "finetune.rows={base: {weights: null, seeds: [0], samples: 1600, where: {}}}"
+    command = ("finetune", *configuration, rows, "finetune.checkpoint_every=160")
+    known_by = cil(cluster, environment, *command).stdout.split()[1]
+    until(lambda: any(shapes.glob("training/base-*/*/manifest.json")))
     assert api(cluster, environment, f"{known_by}/stop", method="POST") == {"stopped": True}  # `ray job stop`
     until(lambda: api(cluster, environment, known_by)["status"] == "STOPPED", 60)
-    assert not (shapes / "weights/stopped/manifest.json").exists()
-    done = cil(cluster, environment, *training, "--follow")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert "finetune stopped: goes on from the checkpoint at " in done.stdout
-    assert read_manifest(f"{shapes}/weights/stopped", "weights").counts["samples"] == 800
+    assert not (shapes / "weights/base/manifest.json").exists()
+
+    first, *said, last = followed(cluster, environment, *command)
+    assert first == f"submit: {known_by}-2 is submitted, as {known_by} was stopped"
+    assert any(re.match(r"finetune base: goes on from the checkpoint at \d+ samples", line) for line in said)
+    assert last == f"submit: {known_by}-2 succeeded"
+    counts = read_manifest(f"{shapes}/weights/base", "weights").counts
+    assert (counts["samples"], counts["steps"], counts["skipped_batches"]) == (1600, 200, 0)
 
 
 def api(cluster: str, environment: dict[str, str], path: str, **options: str) -> object:

@@ -175,13 +175,13 @@ def disturbed(arguments, cache, undisturbed, tmp_path_factory) -> Disturbed:
 
         fourth = stack.enter_context(another_node(machines[1], environment))
         goes_on()
-        before = len(said.read_text())
+        before, cut = len(said.read_text()), ""
         if machines[1].namespace:
             machines[1].cut_off()  # what comes over the network stands still, and nobody is told
             until(lambda: "has 1 CPU" in said.read_text()[before:])
             machines[1].cut_off(False)
             until(lambda: fourth.poll() is not None)  # it hears that it was given up
-        cut = said.read_text()[before:]
+            cut = said.read_text()[before:]
 
         stack.enter_context(another_node(machines[1], environment))
         return Disturbed(out, job.wait(120), noticed, waited, stood, lacked, cut)
@@ -202,11 +202,18 @@ def test_a_node_that_is_told_to_go_gives_a_checkpoint_and_its_end_is_no_failure(
     assert disturbed.code == 0
 
 
+WAITS = "finetune: waits for 2 workers of 1 CPU each: the cluster has {}; add nodes, or set finetune.workers\n"
+
+
 def test_a_training_without_a_place_says_what_it_waits_for_and_keeps_saying_it(disturbed):
-    waits = "finetune: waits for 2 workers of 1 CPU each: the cluster has {}; add nodes, or set finetune.workers\n"
-    assert waits.format("2 CPUs, 0 of them free") in disturbed.waited
-    assert disturbed.lacked.count(waits.format("1 CPU")) > 1
-    assert waits.format("1 CPU") in disturbed.cut
+    assert WAITS.format("2 CPUs, 0 of them free") in disturbed.waited
+    assert disturbed.lacked.count(WAITS.format("1 CPU")) > 1
+
+
+def test_a_training_whose_node_is_cut_off_gives_it_up(disturbed):
+    if not disturbed.cut:
+        pytest.skip("no network namespace may be made here: a node cannot be cut off")
+    assert WAITS.format("1 CPU") in disturbed.cut
 
 
 def test_a_training_that_stands_still_in_its_place_does_not_say_that_it_waits(disturbed):

@@ -1,11 +1,13 @@
 """Every training setting reaches the weights: rows of one study that differ in one of them, and members of a sweep."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from in_process import instead_of_ray
 
 from pipelines import storage
+from pipelines.config import Config
 from pipelines.errors import UserError
 from pipelines.finetune import finetune
 from pipelines.generate import generate
@@ -40,49 +42,57 @@ DIFFERENT = {
 }
 
 
-@pytest.mark.timeout(600)  # more than two dozen trainings
-def test_rows_that_differ_in_one_setting_and_members_of_a_sweep_have_other_weights(
-    road, smallest, tmp_path, monkeypatch
-):
-    """And what is asked for is trained alone, and left as it is when others, of the same sweep too, are trained."""
-    (tmp_path / "cache").symlink_to(Path(road.out, "cache"))
+class Trained(NamedTuple):
+    config: Config
+    alone: dict[str, int]  # when the weights were written that were asked for first, by row
 
-    def study(a: str, *more: str):
+
+def written(out: str) -> dict[str, Path]:
+    """The averaged weights, by row."""
+    return {path.parts[-3]: path for path in Path(out, "weights").glob("*/ema/toy.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def trained(road, smallest, tmp_path_factory) -> Trained:
+    """More than two dozen trainings; one row and one member of a sweep before the others, and by themselves."""
+    out = tmp_path_factory.mktemp("trained")
+    (out / "cache").symlink_to(Path(road.out, "cache"))
+
+    def study(a: str, *more: str) -> Config:
         rows = ["plain: {}", *(f"{name}: {{{own}}}" for name, own in DIFFERENT.items())]
         rows += [f"cured: {{conditioning: {{kind: timenoise}}, sweep: {{conditioning.a: {a}}}}}"]
-        every = (
-            "finetune.workers=1",
-            "finetune.row.warmup=16",
-            "finetune.row.seeds=[1]",
-            "finetune.row.samples=32",
-            "compare.claims=[]",
-        )
+        every = ("finetune.workers=1", "finetune.row.warmup=16", "finetune.row.seeds=[1]", "finetune.row.samples=32")
         begin = f"finetune.row.weights={road.out}/weights/base"
-        videos = ("generate.clips=2", "generate.reference=2", "generate.steps=2")
+        videos = ("generate.clips=2", "generate.reference=2", "generate.steps=2", "compare.claims=[]")
         early = "generate.rows={early: {weights: cured, M: 700}}"
-        return smallest(tmp_path, f"finetune.rows={{{', '.join(rows)}}}", *every, begin, *videos, early, *more)
+        return smallest(out, f"finetune.rows={{{', '.join(rows)}}}", *every, begin, *videos, early, *more)
 
-    def written() -> dict[str, Path]:
-        return {path.parts[-3]: path for path in (tmp_path / "weights").glob("*/ema/toy.safetensors")}
-
-    alone = {"plain", "cured_a=1"}
-    assert finetune(study("[1]", "finetune.only=[plain, cured]")).keys() == alone
-    made = {name: path.stat().st_mtime_ns for name, path in written().items()}
-    assert {path.name for path in (tmp_path / "weights").iterdir()} == made.keys() == alone
-
+    finetune(study("[1]", "finetune.only=[plain, cured]"))
+    alone = {name: path.stat().st_mtime_ns for name, path in written(str(out)).items()}
     config = study("[1, 4]")
     finetune(config)
-    assert {name: written()[name].stat().st_mtime_ns for name in alone} == made
-    weights = {name: path.read_bytes() for name, path in written().items()}
-    assert weights.keys() == {*alone, "cured_a=4", *DIFFERENT}
-    assert len(set(weights.values())) == len(weights)
-    found = {run.info.run_name: run.data.params for run in runs(config, "train")}
-    assert found.keys() == weights.keys()
-    assert [found[f"cured_a={a}"]["row.conditioning.a"] for a in (1, 4)] == ["1.0", "4.0"]
+    return Trained(config, alone)
 
-    # Each member is sampled, as a row of its own.
+
+def test_rows_that_differ_in_one_setting_have_other_weights(trained):
+    weights = {name: path.read_bytes() for name, path in written(trained.config.out).items()}
+    assert weights.keys() == {"plain", "cured_a=1", "cured_a=4", *DIFFERENT}
+    assert len(set(weights.values())) == len(weights)
+    assert {run.info.run_name for run in runs(trained.config, "train")} == weights.keys()
+
+
+def test_what_is_asked_for_is_trained_alone_and_left_as_it_is_when_others_are_trained(trained):
+    """Others of the same sweep too."""
+    assert trained.alone.keys() == {"plain", "cured_a=1"}
+    now = {name: path.stat().st_mtime_ns for name, path in written(trained.config.out).items()}
+    assert trained.alone.items() <= now.items()
+
+
+def test_each_member_of_a_sweep_is_sampled_as_a_row_of_its_own(trained, monkeypatch):
+    found = {run.info.run_name: run.data.params["row.conditioning.a"] for run in runs(trained.config, "train")}
+    assert [found["cured_a=1"], found["cured_a=4"]] == ["1.0", "4.0"]
     instead_of_ray(monkeypatch)
-    sets = generate(config)
+    sets = generate(trained.config)
     assert sets.keys() == {"real", "reference", "early_a=1", "early_a=4"}
     for a in (1, 4):
         (told,) = {line["row"]["weights"] for line in storage.read_rows(f"{sets[f'early_a={a}'].uri}/index.jsonl")}

@@ -3,9 +3,11 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from tiny import PUBLISHED
 
-from cil import CDM, CleanCondition, ConstantNoise, TimeNoise
+from cil import CDM, CleanCondition, ConstantNoise, TimeNoise, diagnose
 from cil.families import load
+from pipelines import zero
 from pipelines.cache import build_cache
 from pipelines.config import ConditioningConfig, RowConfig
 from pipelines.config import load as configured
@@ -67,6 +69,17 @@ def test_what_timenoise_is_over_the_training_times_is_said_and_warned_of_where_i
     assert "t explains 20.2% of the level" in moving or "t explains 20.1% of the level" in moving
     assert "WARNING" not in moving
     assert describe_noise(ConditioningConfig(), TOY) == ""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_profile_is_chosen_for_every_family_and_its_timenoise_is_said(name, capsys):
+    config = configured(None, ["family.preset=tiny", f"family.name={name}", "finetune.row.conditioning.kind=timenoise"])
+    family, rows = family_of(config), config.training_rows()
+    assert zero.stage_of(choose_profile(config, family, rows, gpu=False)) in {0, 1, 2, 3}
+    assert "finetune: DeepSpeed profile zero-" in capsys.readouterr().out
+    told = describe_noise(rows["base"].settings.conditioning, family)
+    t = family.process.unit_time(family.process.training_times())
+    assert told == f"TimeNoise with {diagnose(family.timenoise, t)}"
 
 
 def test_weights_know_which_watermark_their_loss_left_out_and_no_other(tmp_path):

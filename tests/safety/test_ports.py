@@ -1,7 +1,8 @@
-"""What listens to a network, and that nothing is installed which nobody has chosen."""
+"""What listens to a network, what runs in a Ray of our own, and that nothing is installed which nobody has chosen."""
 
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,28 +17,36 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-LISTENS = """
-import contextlib, json, psutil, ray
+STARTS = """
+import contextlib, json, os, psutil, ray
 from pipelines import cluster
 cluster.connect()
-ray.get(ray.remote(lambda: 0).remote())
+
+def worker():
+    import beside, sys
+    return [beside.__file__, os.environ["TOLD"], sys.executable]
+
+ran = ray.get(ray.remote(worker).remote())
 family = [psutil.Process(), *psutil.Process().children(recursive=True)]
 found, commands = [], []
 for process in family:
     with contextlib.suppress(psutil.NoSuchProcess):  # some are gone by now
         commands.append(" ".join(process.cmdline()))
         found += [each.laddr for each in process.net_connections("inet") if each.status == "LISTEN"]
-print(json.dumps([found, commands]))
+print(json.dumps([found, commands, ran]))
 """
 
 
 @pytest.mark.slow  # starts a cluster
-def test_a_ray_of_our_own_listens_to_this_machine_alone(tmp_path):
-    done = subprocess.run([sys.executable, "-c", LISTENS], cwd=ROOT, capture_output=True, text=True, check=True)
-    addresses, commands = json.loads(done.stdout.splitlines()[-1])
+def test_a_ray_of_our_own_listens_to_this_machine_alone_and_its_workers_run_what_the_driver_does(tmp_path):
+    (tmp_path / "beside.py").touch()
+    told = {"cwd": tmp_path, "env": os.environ | {"TOLD": "something"}}
+    done = subprocess.run([sys.executable, "-c", STARTS], capture_output=True, text=True, check=True, **told)
+    addresses, commands, ran = json.loads(done.stdout.splitlines()[-1])
     assert len(addresses) > 4
     assert not any(command.startswith("ray-dashboard-") for command in commands)  # no web page, and none of its parts
     assert [address for address in addresses if address[0] not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")] == []
+    assert ran == [str(tmp_path / "beside.py"), "something", sys.executable]
 
 
 def pinned() -> dict[str, str]:
