@@ -121,26 +121,27 @@ def _node(
         command = ["unshare", "--mount", "sh", "-c", mount, hidden, *command]
     if apart:
         command = ["unshare", "--pid", "--fork", "--mount-proc", *command]
-    process = subprocess.Popen(
-        [*machine.inside, *command, *options],
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        said = []
-        for line in process.stdout:
-            said.append(line)
-            if "Ray runtime started" in line:
-                break
-        else:
+    for attempts in reversed(range(3)):  # Ray gives a node 30 s to start, which is little on busy cores
+        process = subprocess.Popen(
+            [*machine.inside, *command, *options],
+            env=environment,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if "Ray runtime started" in line:
+                    yield process
+                    return
+        finally:
+            end(process.pid)
+            process.wait()
+        if not attempts or "timed out during startup" not in "".join(said):
             pytest.fail(f"ray start ended:\n{''.join(said)}")
-        yield process
-    finally:
-        end(process.pid)
-        process.wait()
 
 
 def on(node: subprocess.Popen) -> list[str]:
