@@ -194,7 +194,7 @@ def test_a_training_that_is_stopped_goes_on_from_its_checkpoint(cluster, environ
     assert not (shapes / "weights/base/manifest.json").exists()
 
     first, *said, last = followed(cluster, environment, *command)
-    assert first == f"submit: {known_by}-2 is submitted, as {known_by} was stopped"
+    assert first == f"submit: {known_by}-2 is submitted, as {known_by} was stopped; the same command goes on"
     assert any(re.match(r"finetune base: goes on from the checkpoint at \d+ samples", line) for line in said)
     assert last == f"submit: {known_by}-2 succeeded"
     counts = read_manifest(f"{shapes}/weights/base", "weights").counts
