@@ -121,7 +121,7 @@ def _node(
         command = ["unshare", "--mount", "sh", "-c", mount, hidden, *command]
     if apart:
         command = ["unshare", "--pid", "--fork", "--mount-proc", *command]
-    for attempts in reversed(range(3)):  # Ray gives a node 30 s to start, which is little on busy cores
+    for attempts_left in (2, 1, 0):  # Ray gives a node 30 s to start, which is little on busy cores
         process = subprocess.Popen(
             [*machine.inside, *command, *options],
             env=environment,
@@ -140,7 +140,7 @@ def _node(
         finally:
             end(process.pid)
             process.wait()
-        if not attempts or "timed out during startup" not in "".join(said):
+        if not attempts_left or "timed out during startup" not in "".join(said):
             pytest.fail(f"ray start ended:\n{''.join(said)}")
 
 

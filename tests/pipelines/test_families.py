@@ -132,17 +132,18 @@ def test_a_checkpoint_of_a_family_is_exported_as_its_weights_are_published(train
     assert any(not torch.equal(tensor, last[key]) for key, tensor in whole.items())
 
 
-def walk(config: Config) -> None:
+def walk(config: Config, capsys: pytest.CaptureFixture) -> None:
     for station in (build_cache, make_initial_noise, finetune, generate, score):
         station(config)
+    assert "weights: base are finished; nothing to do" in capsys.readouterr().out  # on the ranks they were trained
 
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_a_trained_family_makes_videos_that_are_scored_and_nothing_knows_where_its_weights_were(
-    trained, name, here: Here
+    trained, name, here: Here, capsys
 ):
     config = trained[name, "disturbed"]
-    walk(config)
+    walk(config, capsys)
     assert "cache" not in here.told  # it is there
     rows = {
         row: {f.name: f.read_bytes() for f in Path(config.out, "videos", row).glob("*.mp4")} for row in config.arms()
@@ -159,7 +160,8 @@ def test_a_trained_family_makes_videos_that_are_scored_and_nothing_knows_where_i
     made = len(here.made)
     elsewhere = published.rename(published.with_name(f"elsewhere{published.suffix}"))
     try:
-        walk(config.model_copy(update={"family": config.family.model_copy(update={"weights": str(elsewhere)})}))
+        family = config.family.model_copy(update={"weights": str(elsewhere)})
+        walk(config.model_copy(update={"family": family}), capsys)
     finally:
         elsewhere.rename(published)
     assert len(here.made) == made

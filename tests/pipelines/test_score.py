@@ -92,7 +92,7 @@ def store(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def told(sets, store, here, monkeypatch, tmp_path):
+def told(sets, store, here, tmp_path):
     """told("key=value", ...) -> a configuration of `ours`, measured to the reference, scored in this process."""
 
     def of(*overrides: str):
