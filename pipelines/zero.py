@@ -64,6 +64,7 @@ def import_deepspeed(gpu: bool) -> ModuleType:
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
     # DeepSpeed looks for ninja on the PATH, and pip has put it beside this Python.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled here, but its Muon loads the compiler
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Its autotuner wants MLflow if it is there, which takes four fifths of the import, and is not used.
     hidden = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-type]

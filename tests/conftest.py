@@ -32,13 +32,15 @@ USED = ("cil", "pipelines", "jobs", "infra/deepspeed")
 
 
 class Together(LoadFileScheduling):
-    """Of two processes of pytest one has all of tests/e2e, one after the other: they are about what happens in time,
-    and wait more than they compute. Of the others each file stays together.
+    """Of two processes of pytest one has tests/e2e, one after the other: they are about what happens in time, and wait
+    more than they compute. Of the others each file stays together, and each of COMPUTING, so that both have much to do.
     """
+
+    COMPUTING = ("test_generating.py", "test_s3.py", "test_scoring.py")
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "e2e" if "tests/e2e/" in file else file
+        return "e2e" if "tests/e2e/" in file and not file.endswith(self.COMPUTING) else file
 
 
 @pytest.hookimpl(optionalhook=True)  # xdist may be left out

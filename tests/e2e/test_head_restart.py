@@ -1,4 +1,4 @@
-"""A latent cache when the head of the cluster is lost, whose GCS keeps what it knows in a Redis.
+"""A latent cache and a training when the head of the cluster is lost, whose GCS keeps what it knows in a Redis.
 
 Where the driver is decides what that costs. A head node does not outlive its GCS: what ran on it is gone, a driver too,
 and the same command goes on. Nodes and drivers elsewhere wait for the next head.
@@ -8,17 +8,24 @@ import contextlib
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from nodes import Machine, another_node, cluster_environment, first_node, of_small_videos, on, two_machines
 from test_cache_faults import begun, below, files, finished, until
 from test_submit import free_port
+from tracking_server import Server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PASSWORD = secrets.token_hex(8)
+TRAINING = (
+    *("finetune.workers=2", "finetune.checkpoint_every=160", "finetune.max_failures=1"),
+    "finetune.rows={base: {weights: null, seeds: [0], where: {}, samples: 1600, lr: 2.0e-3}}",
+    *("generate.rows={}", "compare.claims=[]"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,60 +59,116 @@ def environment(machines, tmp_path_factory) -> dict[str, str]:
     return cluster_environment(tmp_path_factory.mktemp("home"), machines[0]) | patience
 
 
+class Cluster:
+    """Of two nodes, one CPU each. The first is the head, which is lost and started anew; the other one stays."""
+
+    def __init__(self, machines: tuple[Machine, Machine], environment: dict[str, str], redis: str) -> None:
+        self.machines, self.environment, self.redis = machines, environment, redis
+        self.stack = contextlib.ExitStack()
+
+    def start_head(self) -> None:
+        kept = self.environment | {"RAY_REDIS_ADDRESS": self.redis}
+        options = (f"--redis-password={PASSWORD}",)
+        self.head = self.stack.enter_context(first_node(self.machines[0], kept, *options, apart=True))
+
+    def start_other(self) -> None:
+        self.other = self.stack.enter_context(another_node(self.machines[1], self.environment, apart=True))
+
+    def lose_head(self) -> None:
+        (gcs,) = below(self.head, "gcs/gcs_server")
+        gcs.kill()
+        until(lambda: self.head.poll() is not None, 60)  # by itself: Ray ends what is left of the node
+
+    def begun(self, job: str, node: subprocess.Popen, *arguments: str) -> subprocess.Popen:
+        return self.stack.enter_context(begun(job, *arguments, inside=on(node), **self.environment))
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> list[str]:
+    return [*of_small_videos(tmp_path_factory.mktemp("videos"), 40), "cache.videos_per_part=3", *TRAINING]
+
+
+@pytest.fixture(scope="module")
+def quiet(arguments, tmp_path_factory) -> Iterator[Callable[[], Path]]:
+    """What this machine makes without a cluster, meanwhile."""
+
+    def make() -> Path:
+        out = tmp_path_factory.mktemp("quiet")
+        for job in ("build_cache", "finetune"):
+            with begun(job, *arguments, f"out={out}", RAY_ADDRESS="local") as alone:
+                finished(alone)
+        return out
+
+    with ThreadPoolExecutor(1) as beside:
+        yield beside.submit(make).result
+
+
+@pytest.fixture(scope="module")
+def _cluster(quiet, machines, redis, environment) -> Iterator[Cluster]:
+    cluster = Cluster(machines, environment, redis)
+    with cluster.stack:
+        cluster.start_head()
+        cluster.start_other()
+        yield cluster
+
+
+@pytest.fixture
+def cluster(_cluster) -> Cluster:
+    """With a head."""
+    if _cluster.head.poll() is not None:
+        _cluster.start_head()
+    return _cluster
+
+
 def parts(out: Path) -> dict[str, int]:
     """Those that are whole, each with the number of its file, which another file of that name would not have."""
     return {file.name: file.stat().st_ino for file in out.glob("cache/parts/*.index")}
 
 
-def test_a_lost_head_costs_a_driver_elsewhere_nothing_and_its_own_driver_the_same_command_again(
-    machines, redis, environment, tmp_path
+def same(cache: Path, quiet: Path) -> bool:
+    """But for what a worker of the head was just writing."""
+    there = {name: data for name, data in files(cache).items() if ".unfinished-" not in name}
+    return there == files(quiet / "cache")
+
+
+def test_a_lost_head_costs_a_build_whose_driver_is_elsewhere_nothing(arguments, quiet, cluster, tmp_path):
+    job = cluster.begun("build_cache", cluster.other, *arguments, f"out={tmp_path}")
+    until(lambda: len(parts(tmp_path)) > 1)
+    cluster.lose_head()
+    made = parts(tmp_path)
+    cluster.start_head()
+    assert job.poll() is None
+    finished(job)
+    assert made.items() <= parts(tmp_path).items()
+    assert same(tmp_path / "cache", quiet())
+
+
+def test_a_training_whose_driver_is_elsewhere_goes_on_when_there_is_a_head_again(
+    arguments, quiet, cluster, machines, tmp_path
 ):
-    (tmp_path / "videos").mkdir()
-    arguments = [*of_small_videos(tmp_path / "videos", 40), "cache.videos_per_part=3"]
-    quiet, elsewhere, here = (tmp_path / name for name in ("quiet", "elsewhere", "here"))
-    with contextlib.ExitStack() as stack:
+    (tmp_path / "cache").symlink_to(quiet() / "cache")
+    server = Server(tmp_path, free_port(), machines[1].address, machines[1].inside)
+    cluster.stack.callback(server.kill)
+    server.start()
+    job = cluster.begun("finetune", cluster.other, *arguments, f"out={tmp_path}", f"tracking.uri={server.uri}")
+    until(lambda: any(tmp_path.glob("training/*/*/manifest.json")))
+    cluster.lose_head()
+    assert not (tmp_path / "weights/base/manifest.json").exists()
+    cluster.start_head()
+    assert "goes on from the checkpoint at" in finished(job)
+    for kind in ("raw", "ema"):
+        weights = f"weights/base/{kind}/toy.safetensors"
+        assert (tmp_path / weights).read_bytes() == (quiet() / weights).read_bytes()
 
-        def head() -> subprocess.Popen:
-            kept = environment | {"RAY_REDIS_ADDRESS": redis}
-            return stack.enter_context(first_node(machines[0], kept, f"--redis-password={PASSWORD}", apart=True))
 
-        def build(out: Path, node: subprocess.Popen) -> subprocess.Popen:
-            return stack.enter_context(begun("build_cache", *arguments, f"out={out}", inside=on(node), **environment))
-
-        def lost(head: subprocess.Popen, out: Path) -> dict[str, int]:
-            """When some parts are made, the head's GCS is killed; answers the parts that are whole by then."""
-            until(lambda: len(parts(out)) > 1)
-            (gcs,) = below(head, "gcs/gcs_server")
-            gcs.kill()
-            until(lambda: head.poll() is not None, 60)  # by itself: Ray ends what is left of the node
-            return parts(out)
-
-        def alone(out: Path) -> subprocess.Popen:
-            """By this machine, without a cluster."""
-            return stack.enter_context(begun("build_cache", *arguments, f"out={out}", RAY_ADDRESS="local"))
-
-        def same(out: Path) -> bool:
-            """But for what a worker of the head was just writing."""
-            there = {name: data for name, data in files(out / "cache").items() if ".unfinished-" not in name}
-            return there == files(quiet / "cache")
-
-        undisturbed = alone(quiet)
-        first = head()
-        second = stack.enter_context(another_node(machines[1], environment, apart=True))
-        finished(undisturbed)
-
-        job = build(elsewhere, second)
-        made = lost(first, elsewhere)
-        first = head()
-        assert job.poll() is None
-        finished(job)
-        assert made.items() <= parts(elsewhere).items()
-        assert same(elsewhere)
-
-        job = build(here, first)
-        made = lost(first, here)
-        until(lambda: job.poll() is not None, 60)
-        assert job.returncode
-        finished(alone(here))
-        assert made.items() <= parts(here).items()
-        assert same(here)
+def test_a_driver_that_is_lost_with_its_head_is_followed_by_the_same_command(arguments, quiet, cluster, tmp_path):
+    job = cluster.begun("build_cache", cluster.head, *arguments, f"out={tmp_path}")
+    until(lambda: len(parts(tmp_path)) > 1)
+    cluster.lose_head()
+    made = parts(tmp_path)
+    until(lambda: job.poll() is not None, 60)
+    assert job.returncode
+    with begun("build_cache", *arguments, f"out={tmp_path}", RAY_ADDRESS="local") as again:
+        finished(again)
+    assert made.items() <= parts(tmp_path).items()
+    assert same(tmp_path / "cache", quiet())

@@ -2,10 +2,12 @@
 
 Each node has one CPU, which a worker takes, and is in a network namespace of its own; the job runs in the first one's.
 The second node is told to go and goes, the one that comes in its place is lost without a word, the next one is cut off
-from the network for a while, and another one comes.
+from the network for a while, and another one comes. Then the job's own process is killed, and the same command goes on.
 """
 
 import contextlib
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +64,7 @@ class Disturbed(NamedTuple):
     stood: str  # while its workers stood still in their places
     lacked: str  # when a node was lost
     cut: str  # and when one was cut off
+    again: str  # what the same command said after the job was killed
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +187,12 @@ def disturbed(arguments, cache, undisturbed, tmp_path_factory) -> Disturbed:
             cut = said.read_text()[before:]
 
         stack.enter_context(another_node(machines[1], environment))
-        return Disturbed(out, job.wait(120), noticed, waited, stood, lacked, cut)
+        goes_on()
+        job.kill()
+        assert job.wait() == -signal.SIGKILL  # it was not done
+        again = said.with_name("again.txt")
+        job = stack.enter_context(impatient(machines[0], again, *arguments, *more, **environment))
+        return Disturbed(out, job.wait(120), noticed, waited, stood, lacked, cut, again.read_text())
 
 
 def weights(out: Path) -> dict[str, bytes]:
@@ -214,6 +222,11 @@ def test_a_training_whose_node_is_cut_off_gives_it_up(disturbed):
     if not disturbed.cut:
         pytest.skip("no network namespace may be made here: a node cannot be cut off")
     assert WAITS.format("1 CPU") in disturbed.cut
+
+
+def test_a_training_whose_own_process_is_killed_goes_on_by_the_same_command(disturbed):
+    (samples,) = (int(there) for there in re.findall(r"goes on from the checkpoint at (\d+) samples", disturbed.again))
+    assert samples >= max(disturbed.noticed)
 
 
 def test_a_training_that_stands_still_in_its_place_does_not_say_that_it_waits(disturbed):

@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[2] / "docs/training.md"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
-    """The weights of a small net after three steps by each profile, on one rank."""
+    """The weights of a small net after three steps by each profile, on one rank, which loads no compiler for them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -51,6 +51,7 @@ def _train(rank: int, port: int, folder: str) -> None:
         torch.save(state, Path(folder, f"{name}.pt"))
         engine.destroy()
     dist.destroy_process_group()
+    assert "torch._inductor.compile_fx" not in sys.modules
 
 
 def test_deepspeed_does_not_wait_for_mlflow_which_is_there_afterwards():
