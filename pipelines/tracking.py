@@ -294,8 +294,7 @@ def open_study(config: Config) -> tuple[Any, str]:
     uri, name = store_uri(config), config.tracking.experiment
     file = uri.removeprefix("sqlite:///")
     if file != uri and not storage.exists(file):
-        with storage.creating(file) as path:  # a store whose making was killed would be refused for ever
-            MlflowClient(f"sqlite:///{path}").search_experiments()
+        _make_store(Path(file))
     client = MlflowClient(uri)
     if client.get_experiment_by_name(name) is None:
         there = storage.join(config.out, "mlartifacts")
@@ -306,6 +305,20 @@ def open_study(config: Config) -> tuple[Any, str]:
     experiment = client.get_experiment_by_name(name)
     assert experiment is not None
     return client, experiment.experiment_id
+
+
+def _make_store(file: Path) -> None:
+    """Whole or not at all, as MLflow refuses one whose making was killed. If others make it too, the first one's stays:
+    it is used by then, and what would be in the place of it had nothing of that.
+    """
+    from mlflow import MlflowClient
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".unfinished-") as folder:
+        made = Path(folder, file.name)
+        MlflowClient(f"sqlite:///{made}").search_experiments()
+        with contextlib.suppress(FileExistsError):
+            os.link(made, file)
 
 
 def runs(config: Config, stage: str) -> list[Any]:

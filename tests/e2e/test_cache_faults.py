@@ -21,7 +21,7 @@ from pipelines.cache import read_cache
 from pipelines.card import orphans
 from pipelines.reader import ClipReader
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_cpu")]
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+SECRET = "a-secret-nobody-may-see"
 
 
 def free_port() -> int:
@@ -41,13 +42,21 @@ def environment(tmp_path_factory) -> dict[str, str]:
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_worker_niceness": "0",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
     }
 
 
 @pytest.fixture(scope="module")
-def cluster(environment) -> Iterator[str]:
+def folder() -> Iterator[Path]:
+    """What Ray keeps of its sessions."""
+    made = tempfile.mkdtemp(prefix="ray")  # short: Ray's sockets stand in it
+    yield Path(made)
+    shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(environment, folder) -> Iterator[str]:
     """The address of the dashboard of a head node."""
-    folder = tempfile.mkdtemp(prefix="ray")  # short: Ray's sockets stand in it
     # Ports of its own: another Ray of this machine may have the usual ones.
     dashboard = free_port()
     ports = {"port": free_port(), "dashboard-port": dashboard, "dashboard-agent-listen-port": free_port()}
@@ -79,7 +88,6 @@ def cluster(environment) -> Iterator[str]:
     yield f"http://127.0.0.1:{dashboard}"
     end(head.pid)
     head.wait()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def submit(cluster: str, environment: dict[str, str], *entrypoint: str) -> subprocess.CompletedProcess:
@@ -267,3 +275,14 @@ def test_the_doctor_looks_at_the_cluster_that_it_is_submitted_to(cluster, enviro
     assert "failed" not in {each["state"] for each in found}
     checks = {"cluster", "versions", "code", "deepspeed", "gpus", "memory", "shared memory", "disk", "clock", "out"}
     assert checks | {"tracking", "workers", "study", "weights", "all-reduce"} == {each["check"] for each in found}
+
+
+def test_ray_keeps_neither_the_token_nor_a_secret_of_the_nodes(cluster, environment, folder):
+    """Of what the tests above have submitted."""
+    done = submit(cluster, environment, "python", "-c", "import os; print(len(os.environ['AWS_SECRET_ACCESS_KEY']))")
+    assert str(len(SECRET)) in done.stdout  # the job has it
+    token = Path(environment["HOME"], ".ray/auth_token").read_text().strip()
+    kept = {file: file.read_bytes() for file in folder.rglob("logs/**/*") if file.is_file()}
+    assert {"raylet.out", "gcs_server.out", "dashboard.log"} <= {file.name for file in kept}
+    for secret in (token, SECRET):
+        assert [file for file, data in kept.items() if secret.encode() in data] == []

@@ -24,7 +24,7 @@ from tracking_server import Server
 
 from pipelines.tracking import runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 EVERY = 800  # samples from one checkpoint to the next
 LEFT = 10  # seconds that a node has when it is told to go

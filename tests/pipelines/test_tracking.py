@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -138,6 +139,24 @@ def test_the_store_stands_beside_the_artifacts_unless_a_server_is_named(tmp_path
     assert store_uri(load(None, ["tracking.uri=http://127.0.0.1:5000"])) == "http://127.0.0.1:5000"
 
 
+def test_runs_that_begin_at_once_with_a_store_that_none_has_made_yet_are_all_in_it(tmp_path):
+    config, begin = load(None, [f"out={tmp_path}"]), threading.Barrier(4)
+
+    def run(i: int) -> str:
+        begin.wait()
+        made = Run(config, f"row-{i}", "train", f"print-{i}")
+        made.metrics({"loss": float(i)}, 8)
+        return made.id
+
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(run, range(4)))
+    assert {each.info.run_id for each in runs(config, "train")} == {*made}
+    for i, there in enumerate(made):
+        (loss,) = MlflowClient(store_uri(config)).get_metric_history(there, "loss")
+        assert loss.value == i
+    assert [file.name for file in tmp_path.iterdir()] == ["mlflow.db"]
+
+
 def test_a_store_whose_making_was_killed_is_made_again(tmp_path):
     config = load(None, [f"out={tmp_path}"])
     first = subprocess.Popen(
@@ -147,7 +166,7 @@ def test_a_store_whose_making_was_killed_is_made_again(tmp_path):
             f"from pipelines import config, tracking\ntracking.open_study(config.load(None, ['out={tmp_path}']))",
         ]
     )
-    while first.poll() is None and not any(path.stat().st_size for path in tmp_path.glob(".unfinished-????????")):
+    while first.poll() is None and not any(path.stat().st_size for path in tmp_path.glob(".unfinished-*/mlflow.db")):
         time.sleep(0.001)
     first.kill()
     first.wait()
