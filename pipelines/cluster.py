@@ -29,8 +29,8 @@ def connect() -> None:
     if address == "local":
         # For this machine alone, as Ray does it on a Mac: else whoever reaches the machine reaches a dozen ports.
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
-        # A dozen processes fewer, which would compete with a short job. And no runtime environment: workers have this
-        # one's folder and environment of now anyway, and those that Ray starts ahead are of use.
+        # No dashboard: it is a dozen processes, which would compete with a short job. No runtime environment: workers
+        # have this process's folder and environment without it, and those that Ray starts ahead can be used.
         options = {"include_dashboard": False}
     else:  # workers import the same code as the driver
         path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))

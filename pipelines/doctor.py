@@ -216,8 +216,13 @@ def versions(known: Mapping[str, Mapping[str, str]], gpus: Mapping[str, int]) ->
             differ = True
             found = ", ".join(f"{version} on {_listed(nodes)}" for version, nodes in groups)
             yield Finding("failed", "versions", f"{name} {found}", ADVICE["versions"])
-    if not differ:
-        told = next(iter(with_gpus.values()))
+    if differ:
+        return
+    told = next(iter(with_gpus.values()))
+    if any(gpus.values()) and told["cuda"] == "none":
+        found = f"{_listed(list(with_gpus))}: PyTorch is a build for CPUs where Ray has GPUs"
+        yield Finding("failed", "versions", found, "give nodes with GPUs the image for CUDA")
+    else:
         yield Finding("good", "versions", ", ".join(f"{name} {told[name]}" for name in told))
 
 
@@ -406,10 +411,10 @@ def exchange(ranks: Sequence[str], nodes: int, gpu: bool, seconds: float) -> Ite
         raise UserError("finetune.gpu=true: the cluster has no GPU")
     what = ("GPU" if gpu else "rank") + "s" * (len(ranks) != 1)
     found = f"{len(ranks)} {what} on {nodes} {_nodes(nodes)} by {way}"
+    bandwidth = all_reduce(ranks, gpu, seconds)
     if len(ranks) < 2:
         yield Finding("good", "all-reduce", f"{found}: nothing to exchange")
         return
-    bandwidth = all_reduce(ranks, gpu, seconds)
     found += f": {bandwidth / 1e9:.2f} GB/s"
     if bandwidth < SLOW[gpu]:
         do = "look at NCCL_SOCKET_IFNAME and NCCL_IB_HCA, with NCCL_DEBUG=INFO" if gpu else "is that the fast network?"

@@ -308,8 +308,8 @@ def open_study(config: Config) -> tuple[Any, str]:
 
 
 def _make_store(file: Path) -> None:
-    """Whole or not at all, as MLflow refuses one whose making was killed. If others make it too, the first one's stays:
-    it is used by then, and what would be in the place of it had nothing of that.
+    """Whole or not at all, as MLflow refuses one whose making was killed. If others make it too, the first one's stays,
+    with the runs that are in it by then.
     """
     from mlflow import MlflowClient
 
@@ -317,8 +317,15 @@ def _make_store(file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".unfinished-") as folder:
         made = Path(folder, file.name)
         MlflowClient(f"sqlite:///{made}").search_experiments()
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(made, file)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise UserError(
+                f"{file.parent}: a store cannot be made where files have no second name ({error.strerror}); name a "
+                "server, or a file on another disk: tracking.uri=sqlite:////disk/mlflow.db"
+            ) from None
 
 
 def runs(config: Config, stage: str) -> list[Any]:

@@ -10,6 +10,7 @@ import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import fsspec
@@ -17,7 +18,6 @@ import pytest
 import ray
 import torch
 from moto.server import ThreadedMotoServer
-from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from jobs import paper
@@ -43,8 +43,8 @@ class Together(LoadFileScheduling):
         return "e2e" if "tests/e2e/" in file and not file.endswith(self.COMPUTING) else file
 
 
-@pytest.hookimpl(optionalhook=True)  # xdist may be left out
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Together | None:
+@pytest.hookimpl(optionalhook=True)  # unknown with -p no:xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Together | None:
     return Together(config, log) if config.getoption("dist") == "loadfile" else None
 
 

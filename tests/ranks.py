@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.multiprocessing as mp
+from processes import free_port
 
 from pipelines import zero
 from pipelines.config import Config
@@ -39,11 +39,8 @@ def attempts(
     world: int, jobs: list[Job], until: int | None = None, meanwhile: Meanwhile | None = None
 ) -> list[Attempt]:
     """`meanwhile`: a function of a module, as another process has to find it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (world, port, jobs, until, meanwhile, folder), world, start_method="spawn")
+        mp.start_processes(_rank, (world, free_port(), jobs, until, meanwhile, folder), world, start_method="spawn")
         return [Attempt(*json.loads(Path(folder, str(i)).read_text())) for i in range(len(jobs))]
 
 

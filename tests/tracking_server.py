@@ -5,10 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from mlflow import MlflowClient
+from processes import until
+
+from pipelines.config import Config
+from pipelines.tracking import runs, store_uri
 
 LOOK = "import sys; from urllib.request import urlopen; urlopen(sys.argv[1], timeout=1)"
 
@@ -40,15 +45,17 @@ class Server:
         look = [*self.inside, sys.executable, "-c", LOOK, f"{self.uri}/health"]
         return subprocess.run(look, stderr=subprocess.DEVNULL).returncode == 0
 
+    def send(self, sign: signal.Signals) -> None:
+        os.killpg(self.process.pid, sign)
+
     def kill(self) -> None:
         if self.process:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.send(signal.SIGKILL)
             self.process.wait()
             self.process = None
 
 
-def until(holds: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def curve(config: Config) -> list[tuple[int, float]]:
+    """The losses of a study's only training, as the store in its folder has them."""
+    (run,) = runs(config, "train")
+    return [(m.step, m.value) for m in MlflowClient(store_uri(config)).get_metric_history(run.info.run_id, "loss")]

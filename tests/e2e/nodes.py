@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from test_cache_faults import ROOT, below, end, until
-from test_submit import BIN, free_port
+from processes import BIN, ROOT, below, end, free_port, until
 
 from pipelines.video import encode
 
@@ -102,10 +101,11 @@ def first_node(
 
 @contextlib.contextmanager
 def another_node(
-    machine: Machine, environment: dict[str, str], hidden: str = "", apart: bool = False
+    machine: Machine, environment: dict[str, str], *options: str, hidden: str = "", apart: bool = False
 ) -> Iterator[subprocess.Popen]:
     """`hidden`: a folder which it sees empty."""
-    with _node(machine, environment, f"--address={environment['RAY_ADDRESS']}", hidden=hidden, apart=apart) as process:
+    there = f"--address={environment['RAY_ADDRESS']}"
+    with _node(machine, environment, there, *options, hidden=hidden, apart=apart) as process:
         yield process
 
 
@@ -121,7 +121,7 @@ def _node(
         command = ["unshare", "--mount", "sh", "-c", mount, hidden, *command]
     if apart:
         command = ["unshare", "--pid", "--fork", "--mount-proc", *command]
-    for attempts_left in (2, 1, 0):  # Ray gives a node 30 s to start, which is little on busy cores
+    for attempts_left in (2, 1, 0):  # Ray gives a node 30 s to start, and its agent 15 s, which is little on busy cores
         process = subprocess.Popen(
             [*machine.inside, *command, *options],
             env=environment,

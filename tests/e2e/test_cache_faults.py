@@ -5,25 +5,22 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
-import psutil
 import pytest
 from faulty_store import Fault, FaultyStore
+from processes import begun, below, files, finished, one_line, run, until
 
 from pipelines.cache import read_cache
 from pipelines.card import orphans
 from pipelines.reader import ClipReader
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_cpu")]
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -34,92 +31,13 @@ def arguments(road, tmp_path) -> list[str]:
     return ["--config", "tests/smallest.yaml", f"out={tmp_path}", *catalog]
 
 
-def command(job: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", f"jobs.{job}", *arguments]
-
-
-def run(job: str, *arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(job, *arguments),
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-
-
-@contextlib.contextmanager
-def begun(job: str, *arguments: str, inside: Sequence[str] = (), **environment: str) -> Iterator[subprocess.Popen]:
-    """What is still there of it at the end is killed: the job, and what its Ray has started."""
-    process = subprocess.Popen(
-        [*inside, *command(job, *arguments)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        end(process.pid)
-        process.wait()
-
-
-def end(pid: int) -> None:
-    """SIGKILL to a process and to all that it has started."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(pid)
-        for process in [*parent.children(recursive=True), parent]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-
-
-def until(condition: Callable[[], object], seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.01)
-
-
-def finished(process: subprocess.Popen, seconds: float = 300) -> str:
-    out, error = process.communicate(timeout=seconds)
-    assert process.returncode == 0, error
-    return out
-
-
-def files(cache: Path) -> dict[str, bytes]:
-    """All of them, hidden ones too; but for those that name the catalog's place and how long it took."""
-    found = (file for file in cache.rglob("*") if file.is_file() and file.name not in ("config.json", "build.json"))
-    return {str(file.relative_to(cache)): file.read_bytes() for file in found}
-
-
 def assert_same(cache: Path, road) -> None:
     mine, theirs = files(cache), files(Path(road.out, "cache"))
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if mine[name] != theirs[name]] == []
 
 
-def one_line(error: str) -> str:
-    """Ray says of itself that its log has a level."""
-    lines = [line for line in error.strip().splitlines() if "Set ray log level" not in line]
-    assert len(lines) == 1, error
-    return lines[0]
-
-
 # -- processes -------------------------------------------------------------------------------------------------------
-
-
-def below(process: subprocess.Popen, title: str) -> list[psutil.Process]:
-    """The processes of that title which a job, or a node of a cluster, has started."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            if title in " ".join(child.cmdline()):
-                found.append(child)
-    return found
 
 
 def test_a_video_whose_decoding_process_is_killed_is_not_lost(arguments, road, tmp_path):

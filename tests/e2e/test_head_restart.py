@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
-from nodes import Machine, another_node, cluster_environment, first_node, of_small_videos, on, two_machines
-from test_cache_faults import begun, below, files, finished, until
-from test_submit import free_port
-from tracking_server import Server
+from nodes import Machine, another_node, cluster_environment, first_node, held, of_small_videos, on, two_machines
+from processes import BIN, ROOT, begun, below, end, files, finished, free_port, until
+from tracking_server import Server, curve
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PASSWORD = secrets.token_hex(8)
+ELSEWHERE = '--resources={"elsewhere": 1}'  # by which a job asks for the node that is not the head
 TRAINING = (
     *("finetune.workers=2", "finetune.checkpoint_every=160", "finetune.max_failures=1"),
     "finetune.rows={base: {weights: null, seeds: [0], where: {}, samples: 1600, lr: 2.0e-3}}",
@@ -64,15 +65,18 @@ class Cluster:
 
     def __init__(self, machines: tuple[Machine, Machine], environment: dict[str, str], redis: str) -> None:
         self.machines, self.environment, self.redis = machines, environment, redis
-        self.stack = contextlib.ExitStack()
+        self.nodes, self.jobs = contextlib.ExitStack(), contextlib.ExitStack()
+        self.dashboard = free_port()
 
     def start_head(self) -> None:
         kept = self.environment | {"RAY_REDIS_ADDRESS": self.redis}
-        options = (f"--redis-password={PASSWORD}",)
-        self.head = self.stack.enter_context(first_node(self.machines[0], kept, *options, apart=True))
+        options = (f"--redis-password={PASSWORD}", "--include-dashboard=true", f"--dashboard-port={self.dashboard}")
+        self.head = self.nodes.enter_context(first_node(self.machines[0], kept, *options, apart=True))
 
     def start_other(self) -> None:
-        self.other = self.stack.enter_context(another_node(self.machines[1], self.environment, apart=True))
+        self.other = self.nodes.enter_context(another_node(self.machines[1], self.environment, ELSEWHERE, apart=True))
+        for process in psutil.Process(self.other.pid).children(recursive=True):
+            process.nice(19)  # a new head has the cores first, as on a machine of its own
 
     def lose_head(self) -> None:
         (gcs,) = below(self.head, "gcs/gcs_server")
@@ -80,7 +84,16 @@ class Cluster:
         until(lambda: self.head.poll() is not None, 60)  # by itself: Ray ends what is left of the node
 
     def begun(self, job: str, node: subprocess.Popen, *arguments: str) -> subprocess.Popen:
-        return self.stack.enter_context(begun(job, *arguments, inside=on(node), **self.environment))
+        return self.jobs.enter_context(begun(job, *arguments, inside=on(node), **self.environment))
+
+    def submitted(self, job: str, *arguments: str) -> subprocess.Popen:
+        """To the other node, and followed; by somebody who is on neither."""
+        command = [*self.machines[0].inside, BIN / "python", "-m", "jobs", "submit", job, *arguments, "--follow"]
+        command += [f"--address=http://127.0.0.1:{self.dashboard}", '--entrypoint-resources={"elsewhere": 1}']
+        told = {"cwd": ROOT, "env": self.environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, text=True, start_new_session=True, **told)
+        self.jobs.callback(end, process.pid)
+        return process
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +102,7 @@ def arguments(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def quiet(arguments, tmp_path_factory) -> Iterator[Callable[[], Path]]:
+def quiet(machines, arguments, tmp_path_factory) -> Iterator[Callable[[], Path]]:
     """What this machine makes without a cluster, meanwhile."""
 
     def make() -> Path:
@@ -106,18 +119,19 @@ def quiet(arguments, tmp_path_factory) -> Iterator[Callable[[], Path]]:
 @pytest.fixture(scope="module")
 def _cluster(quiet, machines, redis, environment) -> Iterator[Cluster]:
     cluster = Cluster(machines, environment, redis)
-    with cluster.stack:
+    with cluster.nodes:
         cluster.start_head()
         cluster.start_other()
         yield cluster
 
 
 @pytest.fixture
-def cluster(_cluster) -> Cluster:
-    """With a head."""
+def cluster(_cluster) -> Iterator[Cluster]:
+    """With a head, and without the jobs of other tests."""
     if _cluster.head.poll() is not None:
         _cluster.start_head()
-    return _cluster
+    with _cluster.jobs:
+        yield _cluster
 
 
 def parts(out: Path) -> dict[str, int]:
@@ -131,34 +145,37 @@ def same(cache: Path, quiet: Path) -> bool:
     return there == files(quiet / "cache")
 
 
-def test_a_lost_head_costs_a_build_whose_driver_is_elsewhere_nothing(arguments, quiet, cluster, tmp_path):
-    job = cluster.begun("build_cache", cluster.other, *arguments, f"out={tmp_path}")
+def test_a_lost_head_costs_a_submitted_build_whose_driver_is_elsewhere_nothing(arguments, quiet, cluster, tmp_path):
+    job = cluster.submitted("build_cache", *arguments, f"out={tmp_path}")
     until(lambda: len(parts(tmp_path)) > 1)
     cluster.lose_head()
     made = parts(tmp_path)
     cluster.start_head()
-    assert job.poll() is None
-    finished(job)
+    first, *said, last = finished(job).splitlines()
+    assert last == first.replace(" is submitted", " succeeded")
+    assert len(said) == len({*said})  # who follows it reads each line once
     assert made.items() <= parts(tmp_path).items()
     assert same(tmp_path / "cache", quiet())
 
 
 def test_a_training_whose_driver_is_elsewhere_goes_on_when_there_is_a_head_again(
-    arguments, quiet, cluster, machines, tmp_path
+    arguments, quiet, cluster, machines, smallest, tmp_path
 ):
     (tmp_path / "cache").symlink_to(quiet() / "cache")
     server = Server(tmp_path, free_port(), machines[1].address, machines[1].inside)
-    cluster.stack.callback(server.kill)
+    cluster.jobs.callback(server.kill)
     server.start()
     job = cluster.begun("finetune", cluster.other, *arguments, f"out={tmp_path}", f"tracking.uri={server.uri}")
     until(lambda: any(tmp_path.glob("training/*/*/manifest.json")))
-    cluster.lose_head()
-    assert not (tmp_path / "weights/base/manifest.json").exists()
+    with held(cluster.head, "RayTrainWorker"):
+        assert not (tmp_path / "weights/base/manifest.json").exists()
+        cluster.lose_head()
     cluster.start_head()
     assert "goes on from the checkpoint at" in finished(job)
     for kind in ("raw", "ema"):
         weights = f"weights/base/{kind}/toy.safetensors"
         assert (tmp_path / weights).read_bytes() == (quiet() / weights).read_bytes()
+    assert curve(smallest(tmp_path)) == curve(smallest(quiet()))
 
 
 def test_a_driver_that_is_lost_with_its_head_is_followed_by_the_same_command(arguments, quiet, cluster, tmp_path):
@@ -168,7 +185,7 @@ def test_a_driver_that_is_lost_with_its_head_is_followed_by_the_same_command(arg
     made = parts(tmp_path)
     until(lambda: job.poll() is not None, 60)
     assert job.returncode
-    with begun("build_cache", *arguments, f"out={tmp_path}", RAY_ADDRESS="local") as again:
-        finished(again)
+    cluster.start_head()
+    finished(cluster.begun("build_cache", cluster.head, *arguments, f"out={tmp_path}"))
     assert made.items() <= parts(tmp_path).items()
     assert same(tmp_path / "cache", quiet())

@@ -11,14 +11,12 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from test_submit import BIN
+from processes import BIN, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
 LEFT_OUT = (".git", ".venv", "outputs", "build", "*.egg-info", ".*_cache", "__pycache__")
 UI = "http://127.0.0.1:5000"  # where `mlflow ui` answers
 

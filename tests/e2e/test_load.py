@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cache_faults import ROOT, begun, command, end, until
+from processes import ROOT, begun, command, end, until
 
 from benchmarks import catalog
 from pipelines import storage

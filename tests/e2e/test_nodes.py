@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from nodes import Machine, another_node, cluster_environment, first_node, held, of_small_videos, two_machines
-from test_cache_faults import ROOT, begun, end, files, finished, one_line, until
+from processes import ROOT, begun, end, files, finished, one_line, until
 
 pytestmark = pytest.mark.slow
 

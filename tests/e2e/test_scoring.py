@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -14,7 +13,8 @@ import numpy as np
 import pytest
 from in_process import instead_of_ray
 from mlflow import MlflowClient
-from tracking_server import Server, until
+from processes import free_port, until
+from tracking_server import Server
 
 from pipelines.compare import compare
 from pipelines.config import Config, load
@@ -90,10 +90,7 @@ def test_a_scoring_that_is_killed_at_any_time_ends_with_the_same_bytes_and_tells
 
 
 def test_a_tracking_server_that_is_away_is_one_line_and_the_same_command_goes_on(named, tmp_path, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = Server(tmp_path / "server", port)
+    server = Server(tmp_path / "server", free_port())
     (tmp_path / "server").mkdir()
     here = instead_of_ray(monkeypatch)
     config = load(None, [f"out={tmp_path}/out", f"tracking.uri={server.uri}", *named])
@@ -124,13 +121,13 @@ def test_a_tracking_server_that_is_away_is_one_line_and_the_same_command_goes_on
         assert told_once(config).keys() == {"ours", "theirs"}
         assert tables(config.out) == made
 
-        os.killpg(server.process.pid, signal.SIGSTOP)  # it takes what it is asked, and never answers
+        server.send(signal.SIGSTOP)  # it takes what it is asked, and never answers
         begin = time.monotonic()
         for call in (score, compare):
             with pytest.raises(Unfinished, match=rf"^tracking\.uri={server.uri}: does not answer"):
                 call(config)
         assert time.monotonic() - begin < 120
-        os.killpg(server.process.pid, signal.SIGCONT)
+        server.send(signal.SIGCONT)
         until(server.answers)
         assert compare(config).counts["rows"] == 2
     finally:

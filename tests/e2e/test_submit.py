@@ -4,9 +4,7 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -15,21 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_cache_faults import end, until
+from nodes import Machine, first_node
+from processes import BIN, ROOT, free_port, telling, until
 
 from pipelines.artifact import read_manifest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 SECRET = "a-secret-nobody-may-see"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -57,37 +48,12 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def cluster(environment, folder) -> Iterator[str]:
     """The address of the dashboard of a head node."""
-    # Ports of its own: another Ray of this machine may have the usual ones.
-    dashboard = free_port()
-    ports = {"port": free_port(), "dashboard-port": dashboard, "dashboard-agent-listen-port": free_port()}
-    command = [
-        BIN / "ray",
-        "start",
-        "--head",
-        "--block",
-        "--num-cpus=2",
-        f"--temp-dir={folder}",
-        "--disable-usage-stats",
-    ]
-    subprocess.run(
-        [BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, stdout=subprocess.DEVNULL
-    )
-    head = subprocess.Popen(
-        [*command, *(f"--{name}={port}" for name, port in ports.items())],
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    for line in head.stdout:
-        if "Ray runtime started" in line:
-            break
-    else:
-        pytest.fail("ray start ended")
-    yield f"http://127.0.0.1:{dashboard}"
-    end(head.pid)
-    head.wait()
+    dashboard = free_port()  # another Ray of this machine may have the usual one
+    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    options = ("--num-cpus=2", f"--temp-dir={folder}", "--include-dashboard=true", f"--dashboard-port={dashboard}")
+    there = {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
+    with first_node(Machine("127.0.0.1"), environment | there, *options):
+        yield f"http://127.0.0.1:{dashboard}"
 
 
 def submit(cluster: str, environment: dict[str, str], *entrypoint: str) -> subprocess.CompletedProcess:
@@ -282,7 +248,6 @@ def test_ray_keeps_neither_the_token_nor_a_secret_of_the_nodes(cluster, environm
     done = submit(cluster, environment, "python", "-c", "import os; print(len(os.environ['AWS_SECRET_ACCESS_KEY']))")
     assert str(len(SECRET)) in done.stdout  # the job has it
     token = Path(environment["HOME"], ".ray/auth_token").read_text().strip()
-    kept = {file: file.read_bytes() for file in folder.rglob("logs/**/*") if file.is_file()}
-    assert {"raylet.out", "gcs_server.out", "dashboard.log"} <= {file.name for file in kept}
-    for secret in (token, SECRET):
-        assert [file for file, data in kept.items() if secret.encode() in data] == []
+    assert {"raylet.out", "gcs_server.out", "dashboard.log"} <= {file.name for file in folder.rglob("logs/*")}
+    assert telling(token, folder) == []
+    assert telling(SECRET, folder) == []

@@ -7,11 +7,15 @@ import threading
 import time
 
 import pytest
+import ray
+import torch
+from processes import free_port
 
 from cil import families
-from pipelines import doctor, node
+from pipelines import cluster, doctor, node
 from pipelines.config import load
 from pipelines.errors import UserError
+from pipelines.exchange import Rank
 
 GIB = 2**30
 
@@ -43,6 +47,13 @@ def test_a_head_for_cpus_goes_with_workers_for_cuda_that_are_alike():
     assert [each.found for each in found] == ["cuda 13.0 on a, none on b", "nccl 2.27 on a, none on b"]
     (found,) = doctor.versions({"head": head | {"torch": "2.12.0"}, "a": worker, "b": worker}, gpus)
     assert found.found == "torch 2.13.0 on a, b, 2.12.0 on head"
+
+
+def test_a_pytorch_for_cpus_on_nodes_with_gpus_fails_and_elsewhere_is_good():
+    told = {"torch": "2.13.0", "cuda": "none"}
+    (found,) = doctor.versions({"a": told, "b": told, "head": told}, {"a": 8, "b": 8, "head": 0})
+    assert (found.state, found.found) == ("failed", "a, b: PyTorch is a build for CPUs where Ray has GPUs")
+    assert states(doctor.versions({"a": told}, {"a": 0})) == ["good"]
 
 
 def test_the_version_of_torch_is_told_without_what_it_was_built_for(monkeypatch):
@@ -260,3 +271,29 @@ def test_a_laptop_is_well_and_what_is_wrong_is_told_as_lines_or_as_json(smallest
     with pytest.raises(UserError, match="checks failed: node, "):
         doctor.doctor(smallest(tmp_path / "out", "doctor.seconds=0.001"))
     assert re.search(r"^failed   node: \S+: no answer in 0.003 s; ", capsys.readouterr().out, re.M)
+
+
+# -- the all-reduce ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_all_reduce_that_is_slow_warns_and_one_that_does_not_come_about_says_why(monkeypatch):
+    cluster.connect()
+    (here,) = (each["NodeID"] for each in ray.nodes())
+    assert states(doctor.exchange([here], 1, False, 60)) == ["good"]
+    monkeypatch.setitem(doctor.SLOW, False, float("inf"))
+    (slow,) = doctor.exchange([here, here], 1, False, 60)
+    assert slow.state == "warning"
+    assert re.fullmatch(r"2 ranks on 1 node by gloo: [0-9.]+ GB/s is slow for exchanging gradients", slow.found)
+    with pytest.raises(TimeoutError, match=r"^2 of 2 ranks did not start in 0 s: a node that starts no process"):
+        list(doctor.exchange([here, here], 1, False, 0))
+    with pytest.raises(UserError, match=r"^finetune\.gpu=true: the cluster has no GPU"):
+        list(doctor.exchange([], 1, True, 1))
+
+
+def test_a_rank_says_that_its_pytorch_sees_no_gpu_or_that_its_sum_is_wrong(monkeypatch):
+    with pytest.raises(RuntimeError, match=r"^PyTorch sees no GPU where Ray has one"):
+        Rank().reduce("", 0, 1, "nccl", 10)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda sent: sent.mul_(2))
+    with pytest.raises(RuntimeError, match=r"^rank 0 was given a wrong sum"):
+        Rank().reduce(f"127.0.0.1:{free_port()}", 0, 1, "gloo", 10)

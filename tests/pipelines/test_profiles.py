@@ -1,7 +1,6 @@
 """infra/deepspeed: DeepSpeed takes every profile as it stands, and what it needs of memory is what the docs say."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from processes import free_port
 from torch import nn
 
 from pipelines import memory, zero
@@ -21,11 +21,8 @@ PAGE = Path(__file__).parents[2] / "docs/training.md"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
     """The weights of a small net after three steps by each profile, on one rank, which loads no compiler for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("profiles")
-    mp.start_processes(_train, (port, str(folder)), 1, start_method="spawn")
+    mp.start_processes(_train, (free_port(), str(folder)), 1, start_method="spawn")
     return {name: torch.load(folder / f"{name}.pt") for name in NAMES}
 
 

@@ -2,13 +2,13 @@
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from processes import free_port
 from ranks import attempts, train
 from torch.multiprocessing import ProcessExitedException
 from tracking_server import Server, until
@@ -40,10 +40,7 @@ def meanwhile(trainer) -> bool:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    made = Server(tmp_path_factory.mktemp("server"), port)
+    made = Server(tmp_path_factory.mktemp("server"), free_port())
     try:
         made.start()
         yield made

@@ -1,19 +1,15 @@
 """What is told of a build while it goes, with an MLflow server that is there, that is away, and that comes back."""
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
+from processes import free_port
+from tracking_server import Server
 
 from pipelines import clips, storage, watch
 from pipelines.artifact import Artifact
@@ -27,55 +23,21 @@ from pipelines.watch import Watch
 PARTS = [6, 12, 18, 24, 30]  # clips after each of them but the last, of 34: all parts hold three videos, of two clips
 
 
-class Server:
-    """`mlflow server` on SQLite, in processes of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        command = (*("-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"),)
-        store = ("--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/files")
-        self.process = subprocess.Popen(
-            [sys.executable, *command, *store],
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=(folder / "log").open("a"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        end = time.monotonic() + 120
-        while True:
-            try:
-                return urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
-            except OSError:
-                assert self.process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < end, (folder / "log").read_text()
-                time.sleep(0.1)
-
-    def send(self, sign: signal.Signals) -> None:
-        os.killpg(self.process.pid, sign)
-        if sign == signal.SIGKILL:
-            self.process.wait()
-
-
 @pytest.fixture(scope="module")
-def _servers(tmp_path_factory) -> Iterator[list[Server]]:
-    servers = [Server(tmp_path_factory.mktemp("mlflow"))]
-    yield servers
-    for server in servers:
-        if server.process.poll() is None:
-            server.send(signal.SIGKILL)
+def _server(tmp_path_factory) -> Iterator[Server]:
+    made = Server(tmp_path_factory.mktemp("mlflow"), free_port())
+    yield made
+    made.kill()
 
 
 @pytest.fixture
-def server(_servers, monkeypatch, tmp_path_factory) -> Server:
+def server(_server, monkeypatch) -> Server:
+    """It answers."""
     monkeypatch.setattr(watch, "EVERY", 0)
     monkeypatch.setattr(watch, "PATIENCE", 20)
-    if _servers[-1].process.poll() is not None:
-        _servers.append(Server(tmp_path_factory.mktemp("mlflow")))
-    return _servers[-1]
+    if not _server.process:
+        _server.start()
+    return _server
 
 
 @pytest.fixture
@@ -168,7 +130,7 @@ def test_a_server_that_ends_for_good_does_not_stop_the_build(
     monkeypatch.setattr(watch, "PATIENCE", 3)
     config = settings(tmp_path, f"tracking.uri={server.uri}")
     times = []
-    when_read(b0=lambda: (server.send(signal.SIGKILL), times.append(time.monotonic())))
+    when_read(b0=lambda: (server.kill(), times.append(time.monotonic())))
     cache = build_cache(config)
     assert time.monotonic() - times[0] < 20  # where MLflow's client alone tries for minutes
     assert cache.counts["clips"] == 26
