@@ -76,7 +76,7 @@ def examined(config: Config) -> list[Finding]:
     here = names[ray.get_runtime_context().get_node_id()]
     objects = {names[id]: each["Resources"].get("object_store_memory", 0) for id, each in nodes.items()}
     gpus = {names[id]: int(each["Resources"].get("GPU", 0)) for id, each in nodes.items()}
-    findings += judged("versions", lambda known: versions(known, gpus), heard)
+    findings += judged("versions", lambda known: versions(known, gpus, gpu), heard)
     findings += judged("code", code, heard)
     findings += judged("deepspeed", deepspeed, heard)
     findings += judged("gpus", lambda known: gpu_line(known, gpus), heard)
@@ -204,8 +204,8 @@ def _asked(check: str, question: Callable[[], Any], good: str, seconds: float) -
 # -- judging -----------------------------------------------------------------------------------------------------------
 
 
-def versions(known: Mapping[str, Mapping[str, str]], gpus: Mapping[str, int]) -> Iterator[Finding]:
-    """CUDA's are those of the nodes with GPUs: a head without has the image for CPUs."""
+def versions(known: Mapping[str, Mapping[str, str]], gpus: Mapping[str, int], wanted: bool) -> Iterator[Finding]:
+    """CUDA's are those of the nodes with GPUs, if these are wanted: a head without has the image for CPUs."""
     everything = sorted({name for told in known.values() for name in told})
     with_gpus = {at: told for at, told in known.items() if gpus[at]} or known
     differ = False
@@ -219,7 +219,7 @@ def versions(known: Mapping[str, Mapping[str, str]], gpus: Mapping[str, int]) ->
     if differ:
         return
     told = next(iter(with_gpus.values()))
-    if any(gpus.values()) and told["cuda"] == "none":
+    if wanted and any(gpus[at] for at in known) and told["cuda"] == "none":
         found = f"{_listed(list(with_gpus))}: PyTorch is a build for CPUs where Ray has GPUs"
         yield Finding("failed", "versions", found, "give nodes with GPUs the image for CUDA")
     else:

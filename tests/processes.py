@@ -1,4 +1,4 @@
-"""Jobs and other processes of the tests: begun, waited for, looked at, ended."""
+"""Jobs and other processes of the tests: begun, waited for, ended; and what they leave."""
 
 import contextlib
 import os
@@ -51,17 +51,16 @@ def begun(job: str, *arguments: str, inside: Sequence[str] = (), **environment: 
     try:
         yield process
     finally:
-        end(process.pid)
-        process.wait()
+        end(process)
 
 
-def end(pid: int) -> None:
-    """SIGKILL to a process and to all that it has started."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(pid)
-        for process in [*parent.children(recursive=True), parent]:
+def end(process: subprocess.Popen) -> None:
+    """SIGKILL to a process and to all that it has started, unless it has ended: its number may be another's by then."""
+    if process.poll() is None:
+        for each in [*below(process, ""), process]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+                each.kill()
+        process.wait()
 
 
 def until(condition: Callable[[], object], seconds: float = 180) -> None:
@@ -102,6 +101,10 @@ def files(cache: Path) -> dict[str, bytes]:
 
 def telling(secret: str, folder: Path) -> list[Path]:
     """The files in which it stands, of those below a folder, of which there are some."""
-    files = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    assert files
-    return [file for file, data in files.items() if secret.encode() in data]
+    found = {}
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # it has just gone
+            if file.is_file():
+                found[file] = secret.encode() in file.read_bytes()
+    assert found
+    return [file for file, tells in found.items() if tells]

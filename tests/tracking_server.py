@@ -1,4 +1,4 @@
-"""An MLflow server of the tests."""
+"""An MLflow server of the tests, and what a store has of a training."""
 
 import contextlib
 import os
@@ -38,6 +38,7 @@ class Server:
         until(self.answers)
 
     def answers(self) -> bool:
+        assert self.process.poll() is None, f"{self.command}: it has ended"
         if not self.inside:  # this machine's network is ours: no process has to look
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=1):
                 return True

@@ -5,7 +5,6 @@ Where none may be made (no root, no `ip`), two addresses of the loopback device:
 
 import contextlib
 import os
-import shutil
 import subprocess
 import tempfile
 import warnings
@@ -86,17 +85,23 @@ def cluster_environment(home: Path, machine: Machine) -> dict[str, str]:
 
 @contextlib.contextmanager
 def first_node(
-    machine: Machine, environment: dict[str, str], *options: str, apart: bool = False
+    machine: Machine,
+    environment: dict[str, str],
+    *options: str,
+    cpus: int = 1,
+    dashboard: int | None = None,
+    sessions: Path | None = None,
+    apart: bool = False,
 ) -> Iterator[subprocess.Popen]:
-    """The one that the cluster begins with."""
-    folder = tempfile.mkdtemp(prefix="ray")  # short: Ray's sockets stand in it
+    """The one that the cluster begins with. `dashboard`: the port of one. `sessions`: where Ray keeps what it says."""
     port = environment["RAY_ADDRESS"].split(":")[1]
-    head = ("--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false")
-    try:
-        with _node(machine, environment, *head, *options, apart=apart) as process:
+    made = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)  # short: Ray's sockets stand in it
+    with contextlib.nullcontext(sessions) if sessions else made as folder:
+        head = ["--head", f"--port={port}", f"--temp-dir={folder}", f"--include-dashboard={dashboard is not None}"]
+        if dashboard is not None:
+            head.append(f"--dashboard-port={dashboard}")
+        with _node(machine, environment, *head, *options, cpus=cpus, apart=apart) as process:
             yield process
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -111,10 +116,10 @@ def another_node(
 
 @contextlib.contextmanager
 def _node(
-    machine: Machine, environment: dict[str, str], *options: str, hidden: str = "", apart: bool = False
+    machine: Machine, environment: dict[str, str], *options: str, cpus: int = 1, hidden: str = "", apart: bool = False
 ) -> Iterator[subprocess.Popen]:
-    """With one CPU. `apart`: neither sees the processes of the other, as on machines of their own; see `on`."""
-    command = [str(BIN / "ray"), "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
+    """`apart`: neither sees the processes of the other, as on machines of their own; see `on`."""
+    command = [str(BIN / "ray"), "start", "--block", f"--num-cpus={cpus}", "--disable-usage-stats"]
     command += [f"--node-ip-address={machine.address}", f"--dashboard-agent-listen-port={free_port()}"]
     if hidden:
         mount = 'mount -t tmpfs none "$0" && exec "$@"'
@@ -138,8 +143,7 @@ def _node(
                     yield process
                     return
         finally:
-            end(process.pid)
-            process.wait()
+            end(process)
         if not attempts_left:
             pytest.fail(f"ray start ended:\n{''.join(said)}")
 
@@ -153,14 +157,16 @@ def on(node: subprocess.Popen) -> list[str]:
 @contextlib.contextmanager
 def held(process: subprocess.Popen, title: str = "MapWorker") -> Iterator[None]:
     """The workers of a node stand still, so that what is made meanwhile is made by another node's, or is not made."""
-    until(lambda: below(process, title), 120)
-    workers = below(process, title)
+    workers = list[psutil.Process]()
+    until(lambda: workers.extend(below(process, title)) or workers, 120)
     for worker in workers:
         worker.suspend()
-    yield
-    for worker in workers:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            worker.resume()
+    try:
+        yield
+    finally:
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.resume()
 
 
 def of_small_videos(folder: Path, number: int) -> list[str]:

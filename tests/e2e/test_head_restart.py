@@ -5,6 +5,7 @@ and the same command goes on. Nodes and drivers elsewhere wait for the next head
 """
 
 import contextlib
+import re
 import secrets
 import shutil
 import subprocess
@@ -70,13 +71,14 @@ class Cluster:
 
     def start_head(self) -> None:
         kept = self.environment | {"RAY_REDIS_ADDRESS": self.redis}
-        options = (f"--redis-password={PASSWORD}", "--include-dashboard=true", f"--dashboard-port={self.dashboard}")
-        self.head = self.nodes.enter_context(first_node(self.machines[0], kept, *options, apart=True))
+        node = first_node(self.machines[0], kept, f"--redis-password={PASSWORD}", dashboard=self.dashboard, apart=True)
+        self.head = self.nodes.enter_context(node)
 
     def start_other(self) -> None:
         self.other = self.nodes.enter_context(another_node(self.machines[1], self.environment, ELSEWHERE, apart=True))
-        for process in psutil.Process(self.other.pid).children(recursive=True):
-            process.nice(19)  # a new head has the cores first, as on a machine of its own
+        for process in below(self.other, ""):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.nice(19)  # a new head has the cores first, as on a machine of its own
 
     def lose_head(self) -> None:
         (gcs,) = below(self.head, "gcs/gcs_server")
@@ -92,7 +94,7 @@ class Cluster:
         command += [f"--address=http://127.0.0.1:{self.dashboard}", '--entrypoint-resources={"elsewhere": 1}']
         told = {"cwd": ROOT, "env": self.environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen(command, text=True, start_new_session=True, **told)
-        self.jobs.callback(end, process.pid)
+        self.jobs.callback(end, process)
         return process
 
 
@@ -127,7 +129,7 @@ def _cluster(quiet, machines, redis, environment) -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(_cluster) -> Iterator[Cluster]:
-    """With a head, and without the jobs of other tests."""
+    """With a head. What a test has begun ends with it, but for what it has submitted."""
     if _cluster.head.poll() is not None:
         _cluster.start_head()
     with _cluster.jobs:
@@ -150,10 +152,13 @@ def test_a_lost_head_costs_a_submitted_build_whose_driver_is_elsewhere_nothing(a
     until(lambda: len(parts(tmp_path)) > 1)
     cluster.lose_head()
     made = parts(tmp_path)
+    assert not any(tmp_path.glob("cache/snapshots/*/manifest.json"))
     cluster.start_head()
     first, *said, last = finished(job).splitlines()
     assert last == first.replace(" is submitted", " succeeded")
-    assert len(said) == len({*said})  # who follows it reads each line once
+    told = [line for line in said if line.startswith("cache:")]
+    assert re.search(r"cache: \d+ clips in 14 parts; ", told[-1])  # who follows it reads on to its end
+    assert len(told) == len({*told})  # and each line once
     assert made.items() <= parts(tmp_path).items()
     assert same(tmp_path / "cache", quiet())
 

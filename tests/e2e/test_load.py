@@ -44,7 +44,7 @@ def test_a_build_of_200000_videos_that_is_killed_goes_on_and_ends_in_little_memo
     (folder / "videos").mkdir()
     with begun("build_cache", *arguments(folder)) as build:
         until(lambda: any(folder.glob("out/cache/snapshots/*/plan.arrow")), 120)
-        end(build.pid)
+        end(build)
     left = catalog.write_parts(catalog.config_of(folder), LEFT)
     for video in left.videos(0, len(left)):
         (folder / "videos" / f"{video.videoid}.mp4").symlink_to(tiny)

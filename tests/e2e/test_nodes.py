@@ -102,7 +102,7 @@ def test_a_node_that_comes_later_takes_its_share(arguments, machines, environmen
 def test_a_build_goes_on_when_a_node_is_lost(build, first, second, expected, tmp_path):
     with held(first):
         wait_for_another_part(tmp_path)
-        end(second.pid)
+        end(second)
     assert build.poll() is None
     finished(build)
     there = files(tmp_path / "cache")
@@ -184,7 +184,7 @@ def test_a_node_that_does_not_answer_or_is_lost_meanwhile_is_named(machines, env
     look, probes = [*machines[0].inside, sys.executable, "-c", LOOK, tmp_path], set()
     with subprocess.Popen(look, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as job:
         until(lambda: probes.update(tmp_path.iterdir()) or len(probes) == 2, 120)
-        end(second.pid)
+        end(second)
         out = job.communicate(timeout=60)[0]
     for seconds in (2, 60):
         assert f"{machines[1].address}: these nodes are lost, or did not say in {seconds} s whether they see" in out

@@ -14,7 +14,7 @@ import pytest
 import ray
 import torch
 from in_process import run_job
-from processes import telling
+from processes import ROOT, telling
 
 from cil import InitialNoise
 from pipelines import storage
@@ -28,7 +28,6 @@ from pipelines.reader import ClipReader
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 SMALLEST = str(ROOT / "tests/smallest.yaml")
 
 

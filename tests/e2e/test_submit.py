@@ -50,9 +50,8 @@ def cluster(environment, folder) -> Iterator[str]:
     """The address of the dashboard of a head node."""
     dashboard = free_port()  # another Ray of this machine may have the usual one
     subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
-    options = ("--num-cpus=2", f"--temp-dir={folder}", "--include-dashboard=true", f"--dashboard-port={dashboard}")
     there = {"RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
-    with first_node(Machine("127.0.0.1"), environment | there, *options):
+    with first_node(Machine("127.0.0.1"), environment | there, cpus=2, dashboard=dashboard, sessions=folder):
         yield f"http://127.0.0.1:{dashboard}"
 
 

@@ -101,8 +101,7 @@ def impatient(machine: Machine, said: Path, *arguments: str, **environment: str)
     try:
         yield process
     finally:
-        end(process.pid)
-        process.wait()
+        end(process)
 
 
 @contextlib.contextmanager
@@ -166,12 +165,12 @@ def disturbed(arguments, cache, undisturbed, tmp_path_factory) -> Disturbed:
             until(lambda: time.time() > goes + 1)
             stood = said.read_text()[before:]
         until(lambda: not below(second, "RayTrainWorker"))
-        end(second.pid)
+        end(second)
 
         third = stack.enter_context(another_node(machines[1], environment))
         goes_on()
         before = len(said.read_text())
-        end(third.pid)
+        end(third)
         until(lambda: said.read_text()[before:].count("has 1 CPU") > 1)
         lacked = said.read_text()[before:]
 
@@ -188,7 +187,8 @@ def disturbed(arguments, cache, undisturbed, tmp_path_factory) -> Disturbed:
             cut = said.read_text()[before:]
 
         job.kill()
-        killed, again = job.wait(), said.with_name("again.txt")
+        killed = job.wait()
+        again = said.with_name("again.txt")
         job = stack.enter_context(impatient(machines[0], again, *arguments, *more, **environment))
         return Disturbed(out, killed, job.wait(120), noticed, waited, stood, lacked, cut, again.read_text())
 

@@ -2,17 +2,14 @@
 
 import re
 import subprocess
-import sys
 import tomllib
 from fnmatch import fnmatch
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from processes import BIN, ROOT
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
 DOCKERFILE = (ROOT / "infra/Dockerfile").read_text().replace("\\\n", " ")
 SCRIPTS = [*ROOT.glob("infra/*.sh"), ROOT / ".ci/run"]
 PINNED = {canonicalize_name(line.split("==")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines()}

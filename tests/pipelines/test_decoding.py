@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import psutil
 import pyarrow as pa
 import pytest
 import torch
+from processes import until
 from test_video import textured, video
 
 from pipelines import cluster
@@ -79,13 +79,6 @@ def decode(pool: DecodePool, data: bytes = GOOD) -> torch.Tensor:
 
 def pid(pool: DecodePool) -> int:
     return pool._children[0]._process.pid
-
-
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.01)
 
 
 def gone(process: int) -> bool:

@@ -31,29 +31,31 @@ def test_versions_that_differ_fail_and_each_is_named_with_its_nodes():
     same = {"python": "3.11.2", "torch": "2.13.0"}
     without = dict.fromkeys("abcd", 0)
     others = {"b": same | {"torch": "2.12.0"}, "d": same | {"nccl": "2.27"}}
-    found = list(doctor.versions({"a": same, "b": same, "c": same, "d": same} | others, without))
+    found = list(doctor.versions({"a": same, "b": same, "c": same, "d": same} | others, without, False))
     assert states(found) == ["failed", "failed"]
     assert found[0].found == "nccl none on a, b, c, 2.27 on d"
     assert found[1].found == "torch 2.13.0 on a, c, d, 2.12.0 on b"
-    assert states(doctor.versions({"a": same, "b": same}, without)) == ["good"]
+    assert states(doctor.versions({"a": same, "b": same}, without, False)) == ["good"]
 
 
 def test_a_head_for_cpus_goes_with_workers_for_cuda_that_are_alike():
     head = {"torch": "2.13.0", "cuda": "none"}
     worker, gpus = {"torch": "2.13.0", "cuda": "13.0", "nccl": "2.27"}, {"head": 0, "a": 8, "b": 8}
-    (good,) = doctor.versions({"head": head, "a": worker, "b": worker}, gpus)
+    (good,) = doctor.versions({"head": head, "a": worker, "b": worker}, gpus, True)
     assert (good.state, good.found) == ("good", "torch 2.13.0, cuda 13.0, nccl 2.27")
-    found = list(doctor.versions({"head": head, "a": worker, "b": head}, gpus))
+    found = list(doctor.versions({"head": head, "a": worker, "b": head}, gpus, True))
     assert [each.found for each in found] == ["cuda 13.0 on a, none on b", "nccl 2.27 on a, none on b"]
-    (found,) = doctor.versions({"head": head | {"torch": "2.12.0"}, "a": worker, "b": worker}, gpus)
+    (found,) = doctor.versions({"head": head | {"torch": "2.12.0"}, "a": worker, "b": worker}, gpus, True)
     assert found.found == "torch 2.13.0 on a, b, 2.12.0 on head"
 
 
-def test_a_pytorch_for_cpus_on_nodes_with_gpus_fails_and_elsewhere_is_good():
+def test_a_pytorch_for_cpus_on_nodes_with_gpus_that_are_wanted_fails_and_elsewhere_is_good():
     told = {"torch": "2.13.0", "cuda": "none"}
-    (found,) = doctor.versions({"a": told, "b": told, "head": told}, {"a": 8, "b": 8, "head": 0})
+    gpus = {"a": 8, "b": 8, "head": 0}
+    (found,) = doctor.versions({"a": told, "b": told, "head": told}, gpus, True)
     assert (found.state, found.found) == ("failed", "a, b: PyTorch is a build for CPUs where Ray has GPUs")
-    assert states(doctor.versions({"a": told}, {"a": 0})) == ["good"]
+    assert states(doctor.versions({"head": told}, gpus, True)) == ["good"]  # the others do not answer
+    assert states(doctor.versions({"a": told, "b": told, "head": told}, gpus, False)) == ["good"]
 
 
 def test_the_version_of_torch_is_told_without_what_it_was_built_for(monkeypatch):
@@ -292,6 +294,7 @@ def test_an_all_reduce_that_is_slow_warns_and_one_that_does_not_come_about_says_
 
 
 def test_a_rank_says_that_its_pytorch_sees_no_gpu_or_that_its_sum_is_wrong(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match=r"^PyTorch sees no GPU where Ray has one"):
         Rank().reduce("", 0, 1, "nccl", 10)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda sent: sent.mul_(2))

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from processes import free_port
+from processes import free_port, until
 from ranks import attempts, train
 from torch.multiprocessing import ProcessExitedException
-from tracking_server import Server, until
+from tracking_server import Server
 
 from pipelines import checkpoints
 from pipelines.config import Config

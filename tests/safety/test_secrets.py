@@ -74,7 +74,7 @@ def test_what_is_no_secret_is_none(text):
         assert redacted(text) == text
 
 
-OTHERS = ("ENCRYPTION_KEY", "AWS_ACCESS_KEY_ID", "SSH_PASSPHRASE", "REDISCLI_AUTH")
+OTHERS = ("ENCRYPTION_KEY", "AWS_ACCESS_KEY_ID", "SSH_PASSPHRASE", "REDISCLI_AUTH", "DB_PWD_OF_US")
 
 
 def test_secrets_of_the_environment_are_not_said_whoever_quotes_them(monkeypatch):
