@@ -156,7 +156,7 @@ def test_a_lost_head_costs_a_submitted_build_whose_driver_is_elsewhere_nothing(a
     cluster.start_head()
     first, *said, last = finished(job).splitlines()
     assert last == first.replace(" is submitted", " succeeded")
-    told = [line for line in said if line.startswith("latent cache")]
+    told = [line for line in said if line.startswith(("cache: ", "latent cache: "))]
     assert re.match(r"latent cache: \d+ clips in 14 parts; ", told[-1])  # who follows it reads on to its end
     assert len(told) == len({*told})  # and each line once
     assert made.items() <= parts(tmp_path).items()
