@@ -16,17 +16,20 @@ demo: setup ## the first journey: videos, latent cache, initial noise, and what 
 	@for job in make_shapes build_cache initial_noise show_cache; do \
 		$(BIN)/python -m jobs.$$job --config jobs/configs/demo.yaml || exit; done
 
-test: setup ## the fast tests, the whole road, and processes that are killed on it: what CI runs
-	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
-	@$(BIN)/python -m pytest -m slow tests/jobs/test_road.py tests/e2e/test_kills.py --durations 10
+FAST := -m "not slow" -n 2 --dist loadfile
+ROAD := tests/jobs/test_road.py tests/e2e/test_kills.py
 
-test-all: test ## and all other tests: families, S3, nodes, clusters, networks that fail
+test: setup ## the fast tests, the whole road, and processes that are killed on it: what CI runs
+	@$(BIN)/python -m pytest $(FAST)
+	@$(BIN)/python -m pytest -m slow $(ROAD) --durations 10
+
+test-all: setup ## all tests: families, S3, nodes, clusters, networks that fail as well
+	@$(BIN)/python -m pytest $(FAST)
 	@# The longest first: tests/e2e, of which tests/conftest.py makes one lot.
-	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --durations 40 \
-		--ignore tests/jobs/test_road.py --ignore tests/e2e/test_kills.py
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder --durations 40
 
 check: lint ## lint, and the fast tests
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(FAST)
 
 lint: setup ## format, lint, types, import floors
 	$(BIN)/ruff format --check .

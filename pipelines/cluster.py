@@ -27,10 +27,9 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     options: dict[str, Any]
     if address == "local":
-        # For this machine alone, as Ray does it on a Mac: else whoever reaches the machine reaches a dozen ports.
-        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
-        # No dashboard: it is a dozen processes, which would compete with a short job. No runtime environment: workers
-        # have this process's folder and environment without it, and those that Ray starts ahead can be used.
+        _keep_small()
+        # No runtime environment: workers have this process's folder and environment without it, and those that Ray
+        # starts ahead can be used.
         options = {"include_dashboard": False}
     else:  # workers import the same code as the driver
         path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
@@ -43,6 +42,19 @@ def connect() -> None:
     data.enable_progress_bars = False
     data.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _keep_small() -> None:
+    """The Ray that this process will start is of this machine, and of one job."""
+    from ray._private import ray_constants
+    from ray._private.node import Node
+
+    # As Ray does it on a Mac: else whoever reaches the machine reaches a dozen ports.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    # The autoscaler, and who gathers logs for drivers, have nothing to do, and cost each job two seconds. (What is left
+    # of a dashboard that is not included Ray Train asks for its actors, and would wait for ten seconds.)
+    for start in ("start_monitor", "start_log_monitor"):
+        setattr(Node, start, lambda node: None)
 
 
 def workers(gpus: float = 0, key: str = "cache.gpus") -> int:

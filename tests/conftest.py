@@ -36,7 +36,7 @@ class Together(LoadFileScheduling):
     more than they compute. Of the others each file stays together, and each of COMPUTING, so that both have much to do.
     """
 
-    COMPUTING = ("test_generating.py", "test_s3.py", "test_scoring.py")
+    COMPUTING = ("test_kills.py", "test_s3.py", "test_scoring.py")
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)

@@ -55,7 +55,7 @@ class Killer(threading.Thread):
 
 
 @pytest.fixture(scope="module")
-def disturbed(road, smallest, tmp_path_factory):
+def disturbed(smallest, tmp_path_factory):
     """The road's first half again, with one worker killed at each station."""
     config = smallest(tmp_path_factory.mktemp("disturbed"))
     make_shapes(config)
