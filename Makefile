@@ -17,11 +17,10 @@ demo: setup ## the first journey: videos, latent cache, initial noise, and what 
 		$(BIN)/python -m jobs.$$job --config jobs/configs/demo.yaml || exit; done
 
 FAST := -m "not slow" -n 2 --dist loadfile
-ROAD := tests/jobs/test_road.py tests/e2e/test_kills.py
 
 test: setup ## the fast tests, the whole road, and processes that are killed on it: what CI runs
 	@$(BIN)/python -m pytest $(FAST)
-	@$(BIN)/python -m pytest -m slow $(ROAD) --durations 10
+	@$(BIN)/python -m pytest -m slow tests/jobs/test_road.py tests/e2e/test_kills.py --durations 10
 
 test-all: setup ## all tests: families, S3, nodes, clusters, networks that fail as well
 	@$(BIN)/python -m pytest $(FAST)

@@ -28,8 +28,8 @@ def connect() -> None:
     options: dict[str, Any]
     if address == "local":
         _keep_small()
-        # No runtime environment: workers have this process's folder and environment without it, and those that Ray
-        # starts ahead can be used.
+        # No dashboard: it is a dozen processes, which would compete with a short job. No runtime environment: workers
+        # have this process's folder and environment without it, and those that Ray starts ahead can be used.
         options = {"include_dashboard": False}
     else:  # workers import the same code as the driver
         path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
@@ -51,10 +51,10 @@ def _keep_small() -> None:
 
     # As Ray does it on a Mac: else whoever reaches the machine reaches a dozen ports.
     ray_constants.ENABLE_RAY_CLUSTER = False
-    # The autoscaler, and who gathers logs for drivers, have nothing to do, and cost each job two seconds. (What is left
-    # of a dashboard that is not included Ray Train asks for its actors, and would wait for ten seconds.)
+    # The autoscaler, and who gathers logs for drivers, have nothing to do, and cost each job two seconds or more. What
+    # include_dashboard=False leaves of a dashboard must stay: else a training took ten seconds more (docs/log.md).
     for start in ("start_monitor", "start_log_monitor"):
-        setattr(Node, start, lambda node: None)
+        setattr(Node, start, lambda *_, **__: None)
 
 
 def workers(gpus: float = 0, key: str = "cache.gpus") -> int:

@@ -33,7 +33,8 @@ USED = ("cil", "pipelines", "jobs", "infra/deepspeed")
 
 class Together(LoadFileScheduling):
     """Of two processes of pytest one has tests/e2e, one after the other: they are about what happens in time, and wait
-    more than they compute. Of the others each file stays together, and each of COMPUTING, so that both have much to do.
+    more than they compute. Of the others each file stays together, and each of COMPUTING, which are chosen so that both
+    processes end at about the same time.
     """
 
     COMPUTING = ("test_kills.py", "test_s3.py", "test_scoring.py")
